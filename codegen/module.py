@@ -1,0 +1,168 @@
+"""Module lowering: a program as an `nn.Module` with the captured model's signature, output type and parameter names."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from depthc.ir.body import Body
+from depthc.ir.errors import InputError, StateDictError
+from depthc.ir.evaluate import Evaluator, WeightParams
+from depthc.ir.program import Loop, Merge, On, Op, Program, Segment, Stack
+from depthc.ir.signature import device_of
+
+
+class DepthModule(nn.Module):
+    """A lowered program. Its parameters are those of the captured model: the same tensors under the same names.
+
+    Every block is compiled to one Python function that all its layers share.
+
+    Attributes:
+        program: the program that was lowered.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        values = WeightParams(program)
+        made: dict[int, Tensor] = {}
+        for name, param in program.params.items():
+            self._register(name, values(name), param.kind, made)
+        self._functions = {body: _function(body) for body in _bodies(program)}
+
+    def _register(self, name: str, value: Tensor, kind: str, made: dict[int, Tensor]) -> None:
+        owner: nn.Module = self
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner._modules[part]  # type: ignore[assignment]
+        self._owners[name] = (owner, leaf)
+        if kind in ("parameter", "frozen"):
+            if id(value) not in made:
+                made[id(value)] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, kind == "parameter")
+            owner.register_parameter(leaf, made[id(value)])  # type: ignore[arg-type]
+        else:
+            owner.register_buffer(leaf, value, persistent=kind == "buffer")
+
+    def parameter_of(self, name: str) -> Tensor:
+        """The parameter or buffer of a state-dict name."""
+        owner, leaf = self._owners[name]
+        return getattr(owner, leaf)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the captured model's forward does; same arguments, same output type.
+
+        Raises:
+            InputError: arguments that were not captured, another device than the parameters', a mode that was not
+                captured.
+        """
+        tensors = self.program.signature.flatten(args, kwargs)
+        device = device_of(tensors)
+        self._check(device)
+        evaluator = Evaluator(self.program, self.parameter_of, device, self.training, self._run_body)
+        sizes = self.program.signature.size_values(tensors)
+        return self.program.signature.unflatten(evaluator.run(self.program.body, dict(tensors), sizes))
+
+    def _run_body(self, body: Body, inputs: Sequence[Any]) -> Sequence[Any]:
+        return self._functions[body](*inputs)
+
+    def _check(self, device: torch.device) -> None:
+        if self.training not in self.program.modes:
+            raise InputError(
+                f"the model was captured in {'eval' if self.training else 'train'} mode only: its two modes differ by"
+                " more than dropout",
+                remedy="capture it again in the mode that you run",
+            )
+        own = next((p.device for p in self.parameters()), device)
+        if own != device:
+            raise InputError(
+                "the arguments are on another device than the parameters",
+                expected=str(own),
+                found=str(device),
+                remedy=f"move the arguments to {own}, or the module to {device}",
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DepthModule:
+        for dtype in {p.type.dtype for p in self.program.params.values() if p.type.dtype.is_floating_point}:
+            cast = fn(torch.empty(0, dtype=dtype, device=next(iter(self.state_dict().values())).device)).dtype
+            if cast != dtype:
+                raise InputError(
+                    "a compiled module keeps the dtype that it was captured in: its casts were captured with it",
+                    expected=str(dtype),
+                    found=str(cast),
+                    remedy=f"convert the original model with .to({cast}) and compile it again",
+                )
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights by the captured model's names.
+
+        Raises:
+            StateDictError: missing, unexpected or misshapen entries (the first two only if `strict`).
+        """
+        own = self.state_dict()
+        wrong = {k: v for k, v in state_dict.items() if k in own and v.shape != own[k].shape}
+        for name, value in wrong.items():
+            raise StateDictError(
+                f"weight {name!r} has another shape",
+                expected=str(tuple(own[name].shape)),
+                found=str(tuple(value.shape)),
+                remedy="load the weights of a model with the same configuration",
+            )
+        missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+        if strict and (missing or unexpected):
+            close = [m for u in unexpected for m in difflib.get_close_matches(u, missing, 1)]
+            raise StateDictError(
+                f"the state dict lacks {len(missing)} and adds {len(unexpected)} names",
+                expected=f"also {', '.join(missing[:3])}" if missing else "no other names",
+                found=f"also {', '.join(unexpected[:3])}" if unexpected else "nothing else",
+                remedy=f"rename {unexpected[0]!r} to {close[0]!r}"
+                if close
+                else "pass strict=False to load what matches",
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def lower(program: Program, signature: inspect.Signature | None = None) -> DepthModule:
+    """A module that computes `program`; `signature` is shown as its forward's."""
+
+    def forward(self: DepthModule, *args: Any, **kwargs: Any) -> Any:
+        return DepthModule.forward(self, *args, **kwargs)
+
+    forward.__doc__ = DepthModule.forward.__doc__
+    if signature is not None:
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = [own, *signature.parameters.values()]
+        if parameters[1:] and parameters[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            parameters[0] = own.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    kind = type(f"Depth{program.name}", (DepthModule,), {"forward": forward, "__module__": __name__})
+    return kind(program)  # type: ignore[no-any-return]
+
+
+def _bodies(program: Program) -> list[Body]:
+    """Every body of a program, once."""
+    ops = [op for item in program.body for op in (_flat(item.ops) if isinstance(item, Stack) else [item])]
+    inner = [op.body for op in ops if isinstance(op, Segment)]
+    combines = [op.combine for op in ops if isinstance(op, Merge) and op.combine is not None]
+    return [*(block.body for block in program.blocks.values()), *inner, *combines]
+
+
+def _flat(ops: Sequence[Op]) -> list[Op]:
+    return [inner for op in ops for inner in (_flat(op.body) if isinstance(op, Loop | On) else [op])]
+
+
+def _function(body: Body) -> Callable[..., Any]:
+    run = fx.GraphModule(nn.Module(), body.graph).forward
+
+    def function(*inputs: Any) -> Any:
+        return run(*inputs)
+
+    return function

@@ -1,0 +1,127 @@
+"""The package as a whole: what it offers, what importing it costs, and that its rooms keep their order."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import depthc
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
+# Each room may import from itself and from those before it.
+ROOMS = ["depthc.ir", "depthc.passes", "depthc.codegen", "depthc"]
+PUBLIC = """CaptureError DepthError IncrementalError InputError OutlineError ParseError Program RecipeError
+StateDictError SubsetError VerifyError capture compile parse""".split()
+
+
+def modules() -> list[tuple[str, Path]]:
+    """(name, file) of every module of the package."""
+    found = []
+    for package, folder in PACKAGES.items():
+        for file in sorted((ROOT / folder).glob("*.py")):
+            found.append((package if file.stem == "__init__" else f"{package}.{file.stem}", file))
+    return found
+
+
+def imports(name: str, file: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute module name) of every import in the file, wherever it stands."""
+    package = name if file.stem == "__init__" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*parents, *filter(None, [node.module])])
+            # `from depthc import ir` names a room as well as `from depthc.ir import x` does.
+            names = [f"{source}.{alias.name}" for alias in node.names]
+            yield from ((node.lineno, target if target in PACKAGES else source) for target in names)
+
+
+def room(name: str) -> int:
+    """Index in ROOMS of the room that a module belongs to."""
+    return next(i for i, package in enumerate(ROOMS) if name == package or name.startswith(f"{package}."))
+
+
+def in_fresh_python(code: str) -> str:
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd="/", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_public_surface() -> None:
+    assert sorted(depthc.__all__) == sorted(PUBLIC)
+
+
+def test_import_loads_neither_top_level_rooms_nor_optional_libraries() -> None:
+    unwanted = ["ir", "passes", "codegen", "transformers", "torch_mlir", "triton"]
+    loaded = in_fresh_python(f"import depthc, sys; print([m for m in {unwanted} if m in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_every_package_folder_is_listed() -> None:
+    inits = {init.parent for folder in PACKAGES.values() for init in (ROOT / folder).rglob("__init__.py")}
+    assert inits == {ROOT / folder for folder in PACKAGES.values()}
+    assert sorted(PACKAGES) == sorted(PROJECT["tool"]["setuptools"]["packages"])
+
+
+@pytest.mark.parametrize(("name", "file"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_dependencies_point_downward(name: str, file: Path) -> None:
+    for line, target in imports(name, file):
+        where = f"{file.relative_to(ROOT)}:{line} imports {target}"
+        top = target.split(".")[0]
+        assert f"depthc.{top}" not in ROOMS, f"{where}; say depthc.{target}"
+        assert top != "transformers", f"{where}; structure decides, not the library"
+        if top == "depthc":
+            assert room(target) <= room(name), f"{where}, which is above it"
+
+
+def test_imports_are_read_in_every_form(tmp_path: Path) -> None:
+    file = tmp_path / "capture.py"
+    file.write_text(
+        "import torch.fx\n"
+        "from depthc.passes.tie import Tie\n"
+        "from depthc import codegen\n"
+        "def f():\n"
+        "    from . import program\n"
+        "    from ..passes import loop\n"
+    )
+    found = ["torch.fx", "depthc.passes.tie", "depthc.codegen", "depthc.ir", "depthc.passes"]
+    assert list(imports("depthc.ir.capture", file)) == list(enumerate(found[:3], 1)) + list(enumerate(found[3:], 5))
+
+
+@pytest.mark.parametrize("name", depthc.__all__)
+def test_public_names_are_documented(name: str) -> None:
+    value = getattr(depthc, name)
+    assert inspect.getdoc(value)
+    if not (inspect.isclass(value) and issubclass(value, Exception)):
+        assert any(test.examples for test in doctest.DocTestFinder().find(value)), f"depthc.{name} has no example"
+
+
+def has_example(file: Path) -> bool:
+    """Whether a docstring of the file has an example that is run."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return any(">>>" in line and "+SKIP" not in line for line in lines)
+
+
+@pytest.mark.parametrize("name", [name for name, file in modules() if has_example(file)])
+def test_examples_in_docstrings(name: str) -> None:
+    failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert tried
+    assert not failed
+
+
+def test_readme_example_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        in_fresh_python(block)
