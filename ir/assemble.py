@@ -211,7 +211,7 @@ def _rolled(ops: Sequence[Op]) -> tuple[Op, ...]:
     repeat = best_repeat(keys, lambda i: 1)
     if repeat is None:
         return tuple(ops)
-    loop = Loop("r", repeat.count, tuple(ops[repeat.start : repeat.start + repeat.period]))
+    loop = Loop("r", repeat.length // repeat.period, tuple(ops[repeat.start : repeat.start + repeat.period]))
     return (*_rolled(ops[: repeat.start]), loop, *_rolled(ops[repeat.stop :]))
 
 

@@ -55,6 +55,7 @@ def canonicalize(graph: fx.Graph, names: SizeNames, known: Mapping[str, tuple[fx
     for node in list(graph.nodes):
         if node.op == "call_function":
             _rewrite(node, env, names, known)
+    _one_form_of_attention_dropout(graph, env["training"])
     _drop_no_ops(graph)
     _merge_reshapes(graph)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
@@ -129,11 +130,6 @@ def _rewrite(
         _like(node, env["device"], names, known)
     if hasattr(node.target, "_schema"):
         node.args, node.kwargs = _minimal_arguments(node, env["device"])
-    if node.target is aten.scaled_dot_product_attention.default and len(node.args) > 4:
-        with graph.inserting_before(node):
-            rate = graph.call_function(operator.mul, (env["training"], node.args[4]))
-        rate.meta["val"] = node.args[4]
-        node.args = (*node.args[:4], rate, *node.args[5:])
     if node.target is aten.dropout.default:
         node.args = (node.args[0], node.args[1], env["training"])
     if node.target is aten.slice.Tensor:
@@ -150,6 +146,19 @@ def _dropout(node: fx.Node, training: fx.Node) -> None:
         user.replace_all_uses_with(made)
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _one_form_of_attention_dropout(graph: fx.Graph, training: fx.Node) -> None:
+    """If one attention drops out when training, all do: rates may grow with depth from 0, the schema's default."""
+    attentions = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default]
+    if all(len(n.args) <= 4 or n.args[4] == 0 for n in attentions):
+        return
+    for node in attentions:
+        args = (*node.args, *(None, 0.0)[len(node.args) - 3 :]) if len(node.args) < 5 else node.args
+        with graph.inserting_before(node):
+            rate = graph.call_function(operator.mul, (training, args[4]))
+        rate.meta["val"] = args[4]
+        node.args = (*args[:4], rate, *args[5:])
 
 
 def _cast(node: fx.Node, device: fx.Node) -> None:

@@ -15,7 +15,7 @@ from torch import fx
 
 from depthc.ir.dominators import PostDominators
 from depthc.ir.errors import OutlineError
-from depthc.ir.runs import find_runs
+from depthc.ir.runs import find_runs, saved_by
 from depthc.ir.spans import Span, SpanFinder, data_inputs, is_data
 from depthc.ir.trace import Trace
 
@@ -109,10 +109,16 @@ class _Search:
             return
         leaf = max(free, key=lambda n: (self._free_depth(tree, n), -self.order[n]))
         kinds = Counter(str(self.trace.type_of(n)) for n in tree.chain(leaf))
+        stream = kinds.most_common(1)[0][0]
         behind = sorted(_behind(leaf) & self.live - self.covered, key=self.order.__getitem__)
-        stream = [n for n in behind if len(n.users) > 1 and str(self.trace.type_of(n)) == kinds.most_common(1)[0][0]]
-        for head in dict.fromkeys([leaf, *stream[:_HEADS]]):
+        heads = [leaf, *(n for n in behind if str(self.trace.type_of(n)) == stream)]
+        seen: set[fx.Node] = set()
+        for _ in range(_HEADS):
+            head = next((n for n in heads if n not in seen), None)
+            if head is None:
+                return
             chain = tree.chain(head)
+            seen.update(chain)
             stop = next((i for i, n in enumerate(chain) if n in self.covered), len(chain))
             yield chain[:stop]
 
@@ -126,7 +132,7 @@ class _Search:
 
 
 def _coverage(runs: Sequence[Sequence[Span]]) -> int:
-    return sum(span.weight for run in runs for span in run)
+    return sum(map(saved_by, runs))
 
 
 def _join(runs: Sequence[Sequence[Span]]) -> list[Tower]:

@@ -77,13 +77,11 @@ def find_runs(finder: SpanFinder, chain: Sequence[fx.Node], taken: Set[fx.Node] 
     if len(chain) < 3:
         return []
     trunk = _Trunk(finder, chain)
-    spans = trunk.spans
-    repeat = best_repeat([s.text for s in spans], lambda i: spans[i].weight, lambda i: len(spans[i].start.users))
-    if repeat is None:
-        return []
-    run = max((trunk.run_of(*c, taken) for c in trunk.cuttings(repeat)), key=lambda r: sum(s.weight for s in r))
-    if not any(layer.params for layer in run):
-        return [*find_runs(finder, chain[: repeat.start + 1], taken), *find_runs(finder, chain[repeat.stop :], taken)]
+    repeats = trunk.repeats()
+    run = max((trunk.run_of(r, taken) for r in repeats), key=saved_by, default=[])
+    if not run:
+        halves = (chain[: repeats[0].start + 1], chain[repeats[0].stop :]) if repeats else ()
+        return [found for half in halves for found in find_runs(finder, half, taken)]
     taken = taken | {n for layer in run for n in layer.nodes}
     before, after = trunk.outside(run)
     return [*find_runs(finder, before, taken), run, *find_runs(finder, after, taken)]
@@ -97,7 +95,20 @@ class _Trunk:
         self.spans = [finder.span(a, b) for a, b in pairwise(chain)]
         self.mixing = [mixes(span) for span in self.spans]
 
-    def cuttings(self, repeat: Repeat) -> list[tuple[Repeat, int]]:
+    def repeats(self) -> list[Repeat]:
+        """The best repeat of whole periods, and the best one that may end before its second period does."""
+        texts = [span.text for span in self.spans]
+
+        def best(partial: bool) -> Repeat | None:
+            return best_repeat(texts, lambda i: self.spans[i].weight, lambda i: len(self.spans[i].start.users), partial)
+
+        return [r for r in dict.fromkeys([best(False), best(True)]) if r is not None]
+
+    def run_of(self, repeat: Repeat, taken: Set[fx.Node]) -> list[Span]:
+        """The layers of a repeated stretch and those around it that continue them; empty if none repeats."""
+        return max((self._run_of(*cut, taken) for cut in self._cuttings(repeat)), key=saved_by)
+
+    def _cuttings(self, repeat: Repeat) -> list[tuple[Repeat, int]]:
         """The ways to cut a repeated stretch into layers, as it and how far before its mixing sublayers a layer begins.
 
         Several may fit the stretch equally well; only one may fit what is around it.
@@ -111,6 +122,9 @@ class _Trunk:
 
     def _rotations(self, repeat: Repeat) -> list[Repeat]:
         """A repeat and those of its period that begin elsewhere in it and cover as much."""
+        if repeat.partial:
+            offsets = range(repeat.length - repeat.period + 1)
+            return [replace(repeat, start=repeat.start + d, length=repeat.length - d) for d in offsets]
         texts = [span.text for span in self.spans]
         shifted = (replace(repeat, start=repeat.start + d) for d in range(1 - repeat.period, repeat.period))
         fits = [r for r in shifted if r.start >= 0 and r.stop <= len(texts) and self._is_repeat(texts, r)]
@@ -122,45 +136,43 @@ class _Trunk:
     def _weight(self, repeat: Repeat) -> int:
         return sum(span.weight for span in self.spans[repeat.start : repeat.stop])
 
-    def run_of(self, repeat: Repeat, back: int, taken: Set[fx.Node]) -> list[Span]:
-        """The layers of a repeated stretch in one of its cuttings, and those around it that continue them."""
-        run = self.followed(self.layers_of(repeat, back), back)
-        return [*_before(self.finder, run, taken), *run]
+    def _run_of(self, repeat: Repeat, back: int, taken: Set[fx.Node]) -> list[Span]:
+        layers = self._layers_of(repeat, back)
+        if not layers:
+            return []
+        run = self._followed([*_before(self.finder, layers, taken), *layers], back)
+        run = [*_before(self.finder, run, taken), *run] if run else []
+        return run if len(run) > 1 and any(layer.params for layer in run) else []
 
     def outside(self, run: Sequence[Span]) -> tuple[Sequence[fx.Node], Sequence[fx.Node]]:
         """The parts of the trunk before and behind a run."""
         first = next((i for i, n in enumerate(self.chain) if n is run[0].start), 0)
         return self.chain[: first + 1], self.chain[self._index(run[-1].end) :]
 
-    def layers_of(self, repeat: Repeat, back: int) -> list[Span]:
+    def _layers_of(self, repeat: Repeat, back: int) -> list[Span]:
         """The layers of a repeated stretch: one a period, or several if its sublayers say so."""
         period = self.mixing[repeat.start : repeat.start + repeat.period]
-        starts = sorted((i - back) % repeat.period for i in range(repeat.period) if self._begins(period, i))
+        starts = {(i - back) % repeat.period for i in range(repeat.period) if self._begins(period, i)}
         if len(starts) < 2:
-            starts = [0]
-        cuts = [repeat.start + k * repeat.period + i for k in range(repeat.count) for i in starts]
-        cuts += [repeat.stop] if starts[0] == 0 else []
+            starts = {0}
+        cuts = [repeat.start + i for i in range(repeat.length + 1) if i % repeat.period in starts]
         return [self.finder.span(self.chain[a], self.chain[b]) for a, b in pairwise(cuts)]
 
     def _begins(self, mixing: Sequence[bool], i: int) -> bool:
         """A layer begins where mixing follows non-mixing; where every sublayer mixes, each is a layer."""
         return mixing[i] and (not mixing[i - 1] or all(mixing))
 
-    def followed(self, layers: Sequence[Span], back: int) -> list[Span]:
-        """Those of the layers that repeat, with those around them that are of their kinds or repeat out there."""
-        run = _repeating(layers)
-        lengths = {layer.text: self._index(layer.end) - self._index(layer.start) for layer in layers}
-        before = list(self._beyond(run[0].start, -1, lengths, back))
-        after = list(self._beyond(run[-1].end, 1, lengths, back))
-        counts = Counter(layer.text for layer in [*before, *run, *after])
-
-        def repeats(layer: Span) -> bool:
-            return counts[layer.text] > 1 and bool(layer.params)
-
-        return [*reversed(list(takewhile(repeats, before))), *run, *takewhile(repeats, after)]
+    def _followed(self, layers: Sequence[Span], back: int) -> list[Span]:
+        """The layers with those around them on the trunk, as far as all of them repeat."""
+        lengths = {s.text: self._index(s.end) - self._index(s.start) for s in layers if s.start in self.chain}
+        before = list(self._beyond(layers[0].start, -1, lengths, back))
+        after = list(self._beyond(layers[-1].end, 1, lengths, back))
+        return _repeating([*reversed(before), *layers, *after])
 
     def _beyond(self, point: fx.Node, step: int, lengths: Mapping[str, int], back: int) -> Iterator[Span]:
         """The layers on one side of a trunk point, nearest first; `lengths` are those of the known kinds."""
+        if point not in self.chain:
+            return
         at, kind = self._index(point), self.finder.trace.type_of(point)
         each = max(lengths.values()) == 1  # every sublayer is a layer
         begins = [i - back for i in range(back, len(self.spans)) if each or self._begins(self.mixing, i)]
@@ -182,10 +194,15 @@ class _Trunk:
 
 
 def _repeating(layers: Sequence[Span]) -> list[Span]:
-    """The longest stretch of layers of which each occurs at least twice."""
+    """The longest stretch of layers with parameters of which each occurs at least twice."""
     counts = Counter(layer.text for layer in layers)
-    stretches = groupby(layers, lambda layer: counts[layer.text] > 1)
+    stretches = groupby(layers, lambda layer: counts[layer.text] > 1 and bool(layer.params))
     return max((list(group) for repeated, group in stretches if repeated), key=len, default=[])
+
+
+def saved_by(run: Sequence[Span]) -> int:
+    """The ops that a run's calls stand for, each call itself counted as one."""
+    return sum(layer.weight - 1 for layer in run)
 
 
 def _before(finder: SpanFinder, run: Sequence[Span], taken: Set[fx.Node]) -> list[Span]:

@@ -86,7 +86,7 @@ def evaluate(size: Size, values: Mapping[str, int]) -> int:
     if isinstance(size, int):
         return size
     stack: list[Any] = []
-    for token in _postfix(size).split():
+    for token in postfix(size).split():
         if token.isdecimal():
             stack.append(int(token))
         elif token.isidentifier():
@@ -97,9 +97,8 @@ def evaluate(size: Size, values: Mapping[str, int]) -> int:
     return stack[0]
 
 
-@torch.compiler.assume_constant_result
-def _postfix(size: str) -> str:
-    """The expression in postfix form, "2 s * 1 +": a text, which `torch.compile` can take for a constant."""
+def postfix(size: str) -> str:
+    """A size expression in postfix form, "2 s * 1 +"."""
     return _cached_postfix(size)
 
 

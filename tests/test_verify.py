@@ -263,7 +263,7 @@ def altered(body: Body | None, change: Callable[[fx.Graph, fx.Node], Any]) -> Bo
     graph.output(graph.graph_copy(body.graph, {}))
     for old, new in zip(body.graph.nodes, graph.nodes, strict=True):
         new.meta = dict(old.meta)
-    change(graph, next(reversed(graph.nodes)))
+    change(graph, next(iter(reversed(graph.nodes))))
     return Body(graph)
 
 
