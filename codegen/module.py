@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from depthc.ir import sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import InputError, StateDictError
 from depthc.ir.evaluate import Evaluator, WeightParams
@@ -132,6 +133,7 @@ class DepthModule(nn.Module):
 
 def lower(program: Program, signature: inspect.Signature | None = None) -> DepthModule:
     """A module that computes `program`; `signature` is shown as its forward's."""
+    torch.compiler.assume_constant_result(sizes.postfix)
 
     def forward(self: DepthModule, *args: Any, **kwargs: Any) -> Any:
         return DepthModule.forward(self, *args, **kwargs)

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 Size = int | str
 
 _OPERATORS: dict[type, Callable[..., Any]] = {

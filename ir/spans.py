@@ -213,15 +213,18 @@ class SpanFinder:
         They do not depend on the carry, and either on no parameter or they serve other layers too.
         """
         members = set(inside)
-        carried, bound = {start}, set()
+        carried, own, hoisted = {start}, set(), set()
         for node in inside:
             reads = node.all_input_nodes
             if any(n in carried for n in reads):
                 carried.add(node)
-            elif any(n in bound or "param" in n.meta for n in reads):
-                bound.add(node)
-        free = [n for n in inside if n not in carried]
-        return {n for n in free if n not in bound or not all(self._within(u, members) for u in n.users)}
+            elif any(n in own or "param" in n.meta for n in reads) and all(
+                self._within(u, members) for u in node.users
+            ):
+                own.add(node)
+            else:
+                hoisted.add(node)
+        return hoisted
 
 
 def _param_nodes(span: Span) -> list[fx.Node]:

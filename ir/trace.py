@@ -69,7 +69,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     if "use_cache" in parameters and "use_cache" not in bound:
         bound = {p: bound.get(p, False) for p in _plain(parameters) if p in bound or p == "use_cache"}
     _check_leaves(bound, forward_line(model))
-    bound = _apart(bound)
+    bound = _apart(bound, model)
     current = _exported(model, parameters, bound, model.training)
     other = _exported(model, parameters, bound, not model.training)
     if isinstance(current, CaptureError):
@@ -135,13 +135,17 @@ def _side_effect(name: str, where: str, training: bool) -> CaptureError:
     )
 
 
-def _apart(bound: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with every tensor a different one: torch.export takes equal ones for one input."""
+def _apart(bound: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The arguments with every tensor a different one, for torch.export takes equal ones for one input.
+
+    Those for a model on the meta device go there too: only their shapes and dtypes matter.
+    """
+    meta = any(p.is_meta for p in model.parameters())
     seen: set[int] = set()
 
     def apart(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and id(leaf) in seen:
-            leaf = leaf.clone()
+        if isinstance(leaf, Tensor) and (id(leaf) in seen or (meta and not leaf.is_meta)):
+            leaf = leaf.clone().to("meta" if meta else leaf.device)
         seen.add(id(leaf))
         return leaf
 
@@ -313,8 +317,7 @@ def _says_something(guard: str) -> bool:
 
 
 def _without_dropout(exported: ExportedProgram) -> str:
-    """What the graph computes, as text, with every dropout and every copy for the sake of layout taken out."""
-    transparent = (aten.dropout.default, aten.contiguous.default, aten.clone.default)
+    """What the graph computes, as text, with every dropout, every idle cast and every copy for a layout taken out."""
     output = next(n for n in reversed(exported.graph.nodes) if n.op == "output")
     effects = [n for n in exported.graph.nodes if mutates(n.target)]
     names: dict[fx.Node, str] = {}
@@ -322,11 +325,20 @@ def _without_dropout(exported: ExportedProgram) -> str:
     for node in certificate.linearize([*effects, output], lambda n: n.op == "placeholder"):
         if node.op == "placeholder":
             names[node] = node.name
-        elif node.target in transparent:
+        elif _is_idle(node):
             names[node] = names[node.args[0]]  # type: ignore[index]
         else:
             names[node] = f"%{len(lines)}"
-            args = node.args[:4] if node.target is aten.scaled_dot_product_attention.default else node.args
+            args = list(node.args)
+            if node.target is aten.scaled_dot_product_attention.default:
+                args += [None, 0.0, False][len(args) - 3 :]  # the mask, the dropout's rate, whether it is causal
+                del args[4]
             arguments = certificate.argument_text([*args, *sorted(node.kwargs.items())], names.__getitem__)
             lines.append(f"{node.target}{arguments}")
     return "\n".join(lines)
+
+
+def _is_idle(node: fx.Node) -> bool:
+    if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout):
+        return node.args[0].meta["val"].dtype == node.meta["val"].dtype
+    return node.target in (aten.dropout.default, aten.contiguous.default, aten.clone.default)
