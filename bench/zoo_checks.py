@@ -15,16 +15,16 @@ from compare import without_cache
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from depthc.ir.axes import analyse
+from depthc.ir.axes.analysis import analyse
+from depthc.ir.axes.cuts import LegalSpan, legal_spans
+from depthc.ir.axes.ports import ports_of
 from depthc.ir.body import Body
-from depthc.ir.cuts import LegalSpan, legal_spans
 from depthc.ir.errors import SubsetError
 from depthc.ir.evaluate import Evaluator, WeightParams
-from depthc.ir.masks import masks_of
-from depthc.ir.ports import ports_of
+from depthc.ir.masks.masks import masks_of
 from depthc.ir.precision import widen
 from depthc.ir.program import Block, Call, Loop, Op, Program, Segment, Stack
-from depthc.ir.rows import run_rows
+from depthc.ir.rows.run import run_rows
 
 aten = torch.ops.aten
 SELECTED = 7

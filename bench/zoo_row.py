@@ -23,7 +23,7 @@ from torch import nn
 
 import depthc
 from depthc.codegen.module import lower
-from depthc.ir.export import export
+from depthc.ir.graph.export import export
 from depthc.ir.signature import bind, parameter_names, unbind
 
 FORWARD = 1e-5  # of the lowered module; that the program is exact is checked before

@@ -18,8 +18,8 @@ from depthc.ir.errors import (
     SubsetError,
     VerifyError,
 )
-from depthc.ir.parser import parse
 from depthc.ir.program import Program
+from depthc.ir.text.parser import parse
 
 __version__ = "0.1.0"
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import depthc
-from depthc.ir.ports import ports_of
+from depthc.ir.axes.ports import ports_of
 
 CONTEXT, PROMPT, COMPLETION = 256, 160, 80
 BATCH, PEAK_RATE, WARMUP_STEPS = 2, 5e-3, 50

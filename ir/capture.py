@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from depthc.ir.assemble import assemble
-from depthc.ir.outline import outline
+from depthc.ir.graph.trace import trace
+from depthc.ir.outline.assemble import assemble
+from depthc.ir.outline.outline import outline
 from depthc.ir.program import Program
-from depthc.ir.trace import trace
 from depthc.ir.verify import verify
 
 

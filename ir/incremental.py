@@ -3,7 +3,7 @@
 Values fall into three kinds. *Fixed* ones do not depend on arguments that grow (an encoder's states): they are
 computed once. *Full* ones lie before the layers (embeddings, masks, rotary tables): they are computed anew at every
 step, at full length. *Row* ones are the layers' and what follows them: only the rows of the new tokens are computed,
-by `depthc.ir.rows.run_rows`, with keys and values from the caches.
+by `depthc.ir.rows.run.run_rows`, with keys and values from the caches.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from depthc.ir import sizes
-from depthc.ir.axes import analyse
+from depthc.ir.axes.analysis import analyse
+from depthc.ir.axes.ports import ports_of
 from depthc.ir.body import Body
 from depthc.ir.errors import IncrementalError, SubsetError
 from depthc.ir.evaluate import Evaluator, WeightParams, indexed
-from depthc.ir.masks import masks_of
-from depthc.ir.ports import ports_of
+from depthc.ir.masks.masks import masks_of
 from depthc.ir.program import Block, Call, Kv, Loop, Op, Program, Segment, Stack, calls
-from depthc.ir.rows import Cache, run_rows
+from depthc.ir.rows.run import Cache, run_rows
 from depthc.ir.signature import bind, device_of
 
 Kind = Literal["fixed", "full", "rows"]

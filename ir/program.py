@@ -242,6 +242,6 @@ class Program:
         return step(self, past, args, kwargs)
 
     def __str__(self) -> str:
-        from depthc.ir.printer import program_text
+        from depthc.ir.text.printer import program_text
 
         return program_text(self)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from depthc.ir.evaluate import Evaluator, indexed
 from depthc.ir.program import Call, On, Segment
-from depthc.ir.rows import run_rows
+from depthc.ir.rows.run import run_rows
 from depthc.ir.tokens import TokenSet
 
 

@@ -15,11 +15,11 @@ from depthc.ir import sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import VerifyError
 from depthc.ir.evaluate import indexed
-from depthc.ir.functions import walk
 from depthc.ir.params import Expr, Init, Mean, Ref, Svd
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.signature import Leaf, Signature
-from depthc.ir.syntax import is_identifier
+from depthc.ir.text.functions import walk
+from depthc.ir.text.syntax import is_identifier
 from depthc.ir.types import Type
 from depthc.ir.verify_body import check_body
 

@@ -9,7 +9,7 @@ from torch import fx
 from depthc.ir.body import Body, Input
 from depthc.ir.certificate import operands, target_name
 from depthc.ir.errors import VerifyError
-from depthc.ir.operations import is_operation, misfit
+from depthc.ir.text.operations import is_operation, misfit
 from depthc.ir.types import Scalar, Type
 
 _ENVIRONMENT = ("training", "device")

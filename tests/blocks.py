@@ -18,7 +18,7 @@ from torch.fx.node import map_aggregate
 from torch.nn import functional as F
 
 from depthc.ir.body import Body, Input
-from depthc.ir.graphs import SizeEmitter, source_of
+from depthc.ir.graph.size_nodes import SizeEmitter, source_of
 from depthc.ir.program import Block
 from depthc.ir.sizes import Size
 from depthc.ir.types import Type

@@ -6,9 +6,9 @@ import pytest
 import torch
 from blocks import ILLEGAL, LEGAL, LENGTH, illegal_cases, inputs, legal_cases
 
-from depthc.ir.axes import analyse
+from depthc.ir.axes.analysis import analyse
 from depthc.ir.errors import SubsetError
-from depthc.ir.rows import run_rows
+from depthc.ir.rows.run import run_rows
 
 
 @pytest.mark.parametrize("name", ILLEGAL)

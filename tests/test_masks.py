@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import depthc
-from depthc.ir.factors import Factor, explain, fit, product
-from depthc.ir.masks import Mask, masks_of
-from depthc.ir.positions import positions_of
+from depthc.ir.masks.factors import Factor, explain, fit, product
+from depthc.ir.masks.masks import Mask, masks_of
+from depthc.ir.masks.positions import positions_of
 from depthc.ir.program import Program
 
 WIDTH, HEADS, LENGTH = 16, 2, 17

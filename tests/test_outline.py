@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import depthc
-from depthc.ir.outline import outline
+from depthc.ir.graph.trace import Trace, trace
+from depthc.ir.outline.outline import outline
 from depthc.ir.program import Call, Loop, Program, Segment, calls
-from depthc.ir.trace import Trace, trace
 
 from .models import (
     WIDTH,

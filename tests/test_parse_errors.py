@@ -29,8 +29,8 @@ from torch.utils import _pytree as pytree
 from depthc.ir.body import Body, Input
 from depthc.ir.errors import DepthError, ParseError
 from depthc.ir.params import Init, Mean, Param, Ref, Svd
-from depthc.ir.parser import parse
 from depthc.ir.program import Call, Kv, Loop, Op, Program, Tap
+from depthc.ir.text.parser import parse
 from depthc.ir.types import FLOAT
 
 NAMES = st.sampled_from(["mlp.weight", "attn.0.weight", "experts.1.w1", "w", "class.x", "norm"])

@@ -4,12 +4,11 @@ import pytest
 import torch
 from blocks import BATCH, HEAD, LENGTH, WIDTH, illegal_cases, inputs, legal_cases
 
-from depthc.ir.axes import analyse
-from depthc.ir.caches import cached_of
-from depthc.ir.cuts import cuts_of, legal_spans
-from depthc.ir.ports import ports_of
-from depthc.ir.rows import run_rows
-
+from depthc.ir.axes.analysis import analyse
+from depthc.ir.axes.caches import cached_of
+from depthc.ir.axes.cuts import cuts_of, legal_spans
+from depthc.ir.axes.ports import ports_of
+from depthc.ir.rows.run import run_rows
 
 ROOT = f"{HEAD**-0.5:.4g}"
 DESCRIPTORS = {

@@ -28,9 +28,9 @@ from torch.utils import _pytree as pytree
 
 from depthc.ir.body import Input, interpret
 from depthc.ir.params import Init, Mean, Param, Ref, Svd
-from depthc.ir.parser import parse
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Segment, Select, Stack, Tap
 from depthc.ir.signature import Leaf
+from depthc.ir.text.parser import parse
 from depthc.ir.types import INT, Type
 
 

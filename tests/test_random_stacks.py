@@ -9,7 +9,6 @@ import depthc
 
 from .models import Spec, Stacked, assert_lowered, assert_same, carries, layer_outputs, outputs, seeded
 
-
 MIXING = ("causal", "masked", "plain", "grouped")
 # The backward of what two applications of one module share is summed in another order than in the model.
 REORDERED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}

@@ -7,13 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from depthc.ir.caches import cached_of
+from depthc.ir.axes.caches import cached_of
+from depthc.ir.axes.ops import op_name
+from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import SubsetError
-from depthc.ir.ops import op_name
-from depthc.ir.ports import ports_of
 from depthc.ir.program import Kv
-from depthc.ir.rows import run_rows
-
+from depthc.ir.rows.run import run_rows
 
 MASKED = [name for name in LEGAL if name != "causal_flag"]  # the others read the mask
 ONE_PORT = [name for name in LEGAL if "cross" not in name and name != "two_hops"]
@@ -244,7 +243,7 @@ def counted(
     case: Case, monkeypatch: pytest.MonkeyPatch, h: Tensor, feeds: dict[str, Tensor], **options: object
 ) -> dict[str, list[int]]:
     """How many token rows went through every product with a parameter, by the name of its weight."""
-    from depthc.ir.fitting import Fitting
+    from depthc.ir.rows.fitting import Fitting
 
     seen: dict[str, list[int]] = {}
     original = Fitting.target

@@ -10,9 +10,9 @@ from torch.utils import _pytree as pytree
 
 from depthc.ir.body import Body, Input
 from depthc.ir.params import Param
-from depthc.ir.parser import parse
 from depthc.ir.program import Block, Call, Op, Program, Segment, Stack
 from depthc.ir.signature import Leaf, Signature
+from depthc.ir.text.parser import parse
 from depthc.ir.types import FLOAT, Type
 from depthc.ir.verify import verify
 

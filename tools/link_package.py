@@ -14,10 +14,10 @@ LINKS = ROOT / ".types" / "depthc"
 
 
 def packages() -> dict[str, Path]:
-    """Folder of each package named in pyproject.toml: {"depthc.ir": ROOT/"ir", ...}."""
+    """Folder of the package and of each of its rooms named in pyproject.toml: {"depthc.ir": ROOT/"ir", ...}."""
     with open(ROOT / "pyproject.toml", "rb") as file:
         mapping = tomllib.load(file)["tool"]["setuptools"]["package-dir"]
-    return {name: ROOT / folder for name, folder in mapping.items()}
+    return {name: ROOT / folder for name, folder in mapping.items() if name.count(".") < 2}
 
 
 def link_package() -> dict[Path, Path]:

@@ -1,0 +1,146 @@
+"""Outline: find the layers of a captured graph by structure alone.
+
+The trunk is a chain of post-dominators: points through which everything passes. The spans between them are compared
+by certificate; the stretch of equal periods that covers the most ops is a run of layers. What remains is searched
+again, so encoders, second towers and runs of another kind are found in turn. No name is read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from depthc.ir.dominators import PostDominators
+from depthc.ir.errors import OutlineError
+from depthc.ir.graph.trace import Trace
+from depthc.ir.outline.runs import find_runs, saved_by
+from depthc.ir.outline.spans import Span, SpanFinder, data_inputs, is_data
+
+_HEADS = 32  # the residual stream starts early: trunks from later heads are their tails
+
+
+@dataclass(frozen=True, eq=False)
+class Tower:
+    """Layers that follow each other without a gap: what becomes a stack."""
+
+    layers: tuple[Span, ...]
+
+    @property
+    def nodes(self) -> set[fx.Node]:
+        """All ops of the layers."""
+        return {n for layer in self.layers for n in layer.nodes}
+
+
+def outline(trace: Trace) -> tuple[Tower, ...]:
+    """The towers of repeated layers, in execution order.
+
+    Raises:
+        OutlineError: no layer repeats.
+    """
+    order = {n: i for i, n in enumerate(trace.graph.nodes) if n.op != "output"}
+    search = _Search(trace, order)
+    for root in _roots(trace, order):
+        search.below(root)
+    for tower in search.towers:  # grows: what leads into a tower, though long skips may lead past it
+        search.below(tower.layers[0].start)
+    if not search.towers:
+        raise OutlineError(
+            "the model has no repeated layers",
+            where=trace.where or trace.name,
+            expected="at least two layers with the same ops and parameter shapes in a row",
+            found=f"{len(order)} ops without a repeated stretch",
+            remedy="give it two equal layers; what differs between them must be parameters, constants or side inputs",
+        )
+    return tuple(sorted(search.towers, key=lambda t: order[t.layers[0].end]))
+
+
+def _roots(trace: Trace, order: dict[fx.Node, int]) -> list[fx.Node]:
+    """The outputs, the one with most ops behind it first."""
+    output = next(n for n in reversed(trace.graph.nodes) if n.op == "output")
+    sizes = {n: len(_behind(n)) for n in output.all_input_nodes if is_data(n)}
+    return sorted(sizes, key=lambda n: (-sizes[n], order[n]))
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """All data nodes that a node depends on, itself included."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            stack.extend(data_inputs(current))
+    return seen
+
+
+class _Search:
+    def __init__(self, trace: Trace, order: dict[fx.Node, int]) -> None:
+        self.trace, self.order = trace, order
+        self.towers: list[Tower] = []
+        self.covered: set[fx.Node] = set()
+        self.live = self._depends_on_arguments()
+
+    def _depends_on_arguments(self) -> set[fx.Node]:
+        live: set[fx.Node] = set()
+        for node in self.order:
+            if is_data(node) and ("value" in node.meta or any(n in live for n in data_inputs(node))):
+                live.add(node)
+        return live
+
+    def below(self, root: fx.Node) -> None:
+        """Add the towers on the chains that lead to `root`, longest coverage first."""
+        tree = PostDominators(list(self.order), root, data_inputs)
+        finder = SpanFinder(self.trace, tree, self.order)
+        while True:
+            best = max((find_runs(finder, t, self.covered) for t in self._trunks(tree)), key=_coverage, default=[])
+            if not best:
+                return
+            for tower in _join(best):
+                self.towers.append(tower)
+                self.covered |= tower.nodes
+
+    def _trunks(self, tree: PostDominators) -> Iterator[list[fx.Node]]:
+        """Chains to search, uncovered part only: from the deepest node, and from what it depends on."""
+        free = [n for n in self.live if n in tree and n not in self.covered]
+        if not free:
+            return
+        leaf = max(free, key=lambda n: (self._free_depth(tree, n), -self.order[n]))
+        kinds = Counter(str(self.trace.type_of(n)) for n in tree.chain(leaf))
+        stream = kinds.most_common(1)[0][0]
+        behind = sorted(_behind(leaf) & self.live - self.covered, key=self.order.__getitem__)
+        heads = [leaf, *(n for n in behind if str(self.trace.type_of(n)) == stream)]
+        seen: set[fx.Node] = set()
+        for _ in range(_HEADS):
+            head = next((n for n in heads if n not in seen), None)
+            if head is None:
+                return
+            chain = tree.chain(head)
+            seen.update(chain)
+            stop = next((i for i, n in enumerate(chain) if n in self.covered), len(chain))
+            yield chain[:stop]
+
+    def _free_depth(self, tree: PostDominators, node: fx.Node) -> int:
+        """Points on the chain of a node before it meets a tower."""
+        count = 0
+        while node not in self.covered and node is not tree.root:
+            node = tree.parent[node]
+            count += 1
+        return count
+
+
+def _coverage(runs: Sequence[Sequence[Span]]) -> int:
+    return sum(map(saved_by, runs))
+
+
+def _join(runs: Sequence[Sequence[Span]]) -> list[Tower]:
+    """Runs that follow each other without a gap are one tower."""
+    joined: list[list[Span]] = []
+    for run in runs:
+        if joined and joined[-1][-1].end is run[0].start:
+            joined[-1].extend(run)
+        else:
+            joined.append(list(run))
+    return [Tower(tuple(layers)) for layers in joined]

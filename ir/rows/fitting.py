@@ -1,0 +1,120 @@
+"""Fitting: what an op is told differently when it runs on rows.
+
+Sizes follow from labels; slices of extended key axes move with the keys; causality is written out where it no longer
+follows from the order; and rows that are not valid are kept out of every sum over keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from depthc.ir.axes.labels import Atom, Label, kinds_in
+from depthc.ir.axes.ops import argument, op_name
+from depthc.ir.rows.extents import Extents
+from depthc.ir.rows.gather import Rows, place_mask
+from depthc.ir.rows.schedule import HERE, Frame, Schedule
+
+aten = torch.ops.aten
+
+# Ops that make weights of scores: a score at the lowest number becomes a weight of zero in them.
+_WEIGHING = {"softmax", "log_softmax", "exp", "exp2", "amax", "max", "logsumexp", "sigmoid", "relu", "softplus"}
+
+
+class Fitting:
+    """Adapts the arguments of ops to their frames."""
+
+    def __init__(self, schedule: Schedule, sizes: Extents, ordered: bool) -> None:
+        self.schedule, self.axes, self.sizes, self.ordered = schedule, schedule.axes, sizes, ordered
+
+    def target(self, node: fx.Node, frame: Frame, args: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """Adapt `args` and `kwargs` in place; returns what to call with them."""
+        name, port = op_name(node), self.schedule.port_of.get(node, HERE)
+        if name in ("view", "expand") and not isinstance(args[1], torch.dtype):
+            args[1] = self.sizes.sizes(self.axes.labels[node], frame, port)
+            return aten.reshape.default if name == "view" else aten.expand.default
+        if name == "slice":
+            self._slice(node, frame, port, args)
+        elif self.axes.kinds.get(node) == "fused":
+            self._attention(node, port, args, kwargs)
+        elif port != HERE and not self.schedule.ports[port].cross:
+            self._scores(node, frame, port, args)
+        return node.target  # type: ignore[return-value]
+
+    def _slice(self, node: fx.Node, frame: Frame, port: Frame, args: list[Any]) -> None:
+        """A slice of a key axis that has sinks or memory in front or behind."""
+        source: Any = node.args[0]
+        d = argument(node, 1, "dim", 0) % len(self.axes.labels[source])
+        dim = self.axes.labels[source][d]
+        if not any(atom.extended for atom in dim):
+            return
+        size = self.sizes.here(frame, port)
+        total, before, after = size(dim), sum(map(size, dim[0].before)), sum(map(size, dim[0].after))
+        start, count = self.axes.probe.number(argument(node, 2, "start", 0)), self.axes.probe.shape(node)[d]
+        if kinds_in([self.axes.labels[node][d]]) & {"token", "key"}:
+            start, end = before, total - after
+        elif start < sum(a.size for part in dim[0].before for a in part):
+            end = start + count
+        else:  # of what comes behind, counted from the end
+            start += total - (dim[0].size if start >= 0 else 0)
+            end = start + count
+        args[1:] = [d, start, end]
+
+    def _attention(self, node: fx.Node, port: Frame, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """An attention op whose keys are not simply the rows at hand in order."""
+        here, cross = self.sizes.frames[HERE], self.schedule.ports[port].cross
+        own = not cross and self.schedule.sources[port] == "own"
+        causal = bool(argument(node, 5, "is_causal", False))
+        in_order = own and (self.ordered or here.positions is None)
+        axis: Label = self.axes.read(node, (1, -1), node.args[1])[-2:-1]  # type: ignore[arg-type]
+        keys = Rows(self.sizes.here(HERE, port)(axis[0])) if cross else self.sizes.frames[port]
+        if keys.valid is None and (in_order or not causal):
+            return
+        key = axis[0][0] if cross else self.axes.key
+        space = (*self.axes.labels[node][:-1], *axis)
+        mask = self._placed(self._allowed(keys, causal, args[0].device), key, space, HERE, port)
+        args.extend([None, 0.0, False][len(args) - 3 :])
+        args[5] = False
+        args[3] = _both(kwargs.pop("attn_mask", None) if args[3] is None else args[3], mask)
+
+    def _allowed(self, keys: Rows, causal: bool, device: torch.device) -> Tensor:
+        """[batch, token, key]: which keys a token may read. Rows that are not valid read all: no row may be empty."""
+        here = self.sizes.frames[HERE]
+        allowed = torch.ones((1, here.count, keys.count), dtype=torch.bool, device=device)
+        if causal:
+            allowed = keys.index(device)[:, None, :] <= here.index(device)[:, :, None]
+        if keys.valid is not None:
+            allowed = allowed & keys.valid[:, None, :]
+        if here.valid is not None:
+            allowed = allowed | ~here.valid[:, :, None]
+        return allowed.expand(self.sizes.batch, -1, -1)
+
+    def _placed(self, allowed: Tensor, key: Atom, space: Label, frame: Frame, port: Frame) -> Tensor:
+        return place_mask(allowed, (self.axes.batch, self.axes.token, key), space, self.sizes.here(frame, port))
+
+    def _scores(self, node: fx.Node, frame: Frame, port: Frame, args: list[Any]) -> None:
+        """Rows that are not valid take no weight: masked before the op that makes weights, or in the sum over keys."""
+        keys, region = self.sizes.frames[port], self.schedule.ports[port]
+        if keys.valid is None:
+            return
+        weighs = any(op_name(n) in _WEIGHING for n in region.region)
+        if op_name(node) not in _WEIGHING if weighs else node not in region.exits:
+            return
+        for at, source in enumerate(node.args):
+            label = self.axes.labels.get(source) if isinstance(source, fx.Node) else None
+            if source in self.axes.moving and isinstance(label, tuple) and "key" in kinds_in(label):
+                allowed = self._allowed(keys, False, args[at].device)
+                mask = self._placed(allowed, self.axes.key, label, frame, port)
+                args[at] = args[at].masked_fill(~mask, torch.finfo(args[at].dtype).min if weighs else 0.0)
+
+
+def _both(given: Tensor | None, mask: Tensor) -> Tensor:
+    """A mask that allows what both allow."""
+    if given is None:
+        return mask
+    if given.dtype is torch.bool:
+        return given & mask
+    return given.masked_fill(~mask, torch.finfo(given.dtype).min)
