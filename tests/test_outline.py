@@ -270,6 +270,45 @@ class ReturnsWeights(nn.Module):
         return x, tuple(weights)
 
 
+class Sliced(Chain):
+    """Every layer reads its own slice of one projection, which the last of them could claim for itself."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__(depth)
+        self.slices = nn.Linear(WIDTH, depth * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slices = self.slices(x).unflatten(-1, (len(self.layers), WIDTH))
+        for i, layer in enumerate(self.layers):
+            x = layer(x) * slices[:, :, i]
+        return x
+
+
+def test_what_all_layers_read_belongs_to_none() -> None:
+    program = outlined(seeded(Sliced), states(), depths=(3,))
+    assert len(program.blocks) == 1
+    assert all(not name.startswith("slices") for layer in owners(program) for name in layer)
+
+
+class Banded(nn.Module):
+    """A layer that makes its mask from the length alone."""
+
+    def __init__(self, offset: int) -> None:
+        super().__init__()
+        self.norm, self.offset = nn.LayerNorm(WIDTH), offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril(self.offset)
+        y = self.norm(x)[:, None]
+        return x + F.scaled_dot_product_attention(y, y, y, mask)[:, 0]
+
+
+@pytest.mark.parametrize("offsets", [(0, 0, 0), (0, 1, 2)])
+def test_layers_that_make_their_masks(offsets: Sequence[int]) -> None:
+    program = outlined(seeded(lambda: nn.Sequential(*map(Banded, offsets))), states(), depths=(3,))
+    assert len(program.blocks) == 1
+
+
 def test_values_that_leave_a_layer() -> None:
     program = outlined(seeded(ReturnsWeights), states(), depths=(3,))
     assert len(program.blocks) == 1

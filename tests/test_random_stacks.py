@@ -82,6 +82,15 @@ NAMED = {
     "a hybrid of parallel layers that read the embeddings": Spec(
         attention=("causal", "grouped"), depth=5, sides=("embeddings",), residual="parallel"
     ),
+    "two periods of a hybrid that reads the embeddings": Spec(
+        attention=("plain", "causal"), depth=4, sides=("embeddings",), scaled=True
+    ),
+    "two periods of a hybrid whose last norm is followed by another": Spec(
+        attention=("causal", "masked"), depth=4, sides=("extra",), residual="post"
+    ),
+    "two periods of a hybrid whose attention drops out from the second layer on": Spec(
+        attention=("masked", "causal"), depth=4, dropout=0.2, rising=True, residual="sandwich", norm="none"
+    ),
 }
 
 
