@@ -174,7 +174,7 @@ CHECKS: dict[str, Check] = {
     "other": Check(other, 0.0),
     "replay": Check(layer_check(zoo_checks.replay), 0.0),
     "ports": Check(layer_check(zoo_checks.ports)),
-    "subset": Check(layer_check(zoo_checks.subset), 1e-10),
+    "subset": Check(layer_check(zoo_checks.subset), zoo_checks.SUBSET),
     "incremental": Check(incremental, 1e-5),
     "eval": Check(lambda case: identity(case, training=False), 1e-6),
     "train": Check(lambda case: identity(case, training=True), 1e-6),

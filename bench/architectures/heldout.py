@@ -65,7 +65,7 @@ TEXT = (
     causal(
         "nemotron_h",
         "NemotronH",
-        (8,),
+        (2,),  # layers are mixers closed by an MLP: (scan MLP) once, then (scan attention MLP) twice
         small(
             layer_types=[
                 "linear_attention",

@@ -178,9 +178,13 @@ def _resize(flow: Inference, node: fx.Node) -> Label:
         else:
             at = next(iter(touched))
             label = (*kept[:at], label[at], *kept[at:])
-    elif op_name(node) == "constant_pad_nd":
+    elif op_name(node) in ("constant_pad_nd", "pad"):  # one entry in and another out is a shift of the same size
         widths: Any = node.args[1]
         touched |= {len(label) - 1 - i // 2 for i, w in enumerate(widths) if w != 0}
+    elif op_name(node) == "repeat_interleave" and argument(node, 1, "repeats") != 1:
+        touched |= set(dims_of(argument(node, 2, "dim"), len(label)))
+    elif op_name(node) in ("unfold", "glu"):
+        touched.add(dim_argument(node, 1, len(label), -1))
     keep_out([label[d] for d in touched], f"{op_name(node)} changes")
     return tuple(
         flow.fresh(node, d, shape[d]) if size_of(dim) != shape[d] else dim for d, dim in enumerate(label)
