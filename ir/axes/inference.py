@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, fx
@@ -129,10 +130,13 @@ class Inference:
             self.refusals[None] = Refusal(
                 "input", "token", "the carry has no token axis", "give the model a dynamic length, or a longer example"
             )
-        for index, node in enumerate(self.body.results):
-            carried = index < self.block.carries
+        carries = self.body.placeholders_of("value")[: self.block.carries]
+        for node, carry in zip_longest(self.body.results, carries):
+            if node is None:
+                break
             label = self.label(node)
-            wanted = self.label(self.body.placeholders_of("value")[index]) if carried else label
+            continued = carry is not None and self.probe.shape(node) == self.probe.shape(carry)
+            wanted = self.label(carry) if continued else label
             places = [[d for d, dim in enumerate(x) if dim in ((self.batch,), (self.token,))] for x in (label, wanted)]
             tokens = [a for dim in label for a in dim if a.kind == "token"]
             strange = bool(kinds_in(label) & {"key", "sorted"}) or any(a.extended for a in tokens) or len(tokens) > 1
