@@ -77,9 +77,9 @@ class DepthModule(nn.Module):
     def _check(self, device: torch.device) -> None:
         if self.training not in self.program.modes:
             raise InputError(
-                f"the model was captured in {'eval' if self.training else 'train'} mode only: its two modes differ by"
-                " more than dropout",
-                remedy="capture it again in the mode that you run",
+                f"the model was captured in {'eval' if self.training else 'train'} mode only: in the other one it does"
+                " not export, or differs by more than dropout",
+                remedy="put the model into the mode that you run and capture it again; that says which it is",
             )
         own = next((p.device for p in self.parameters()), device)
         if own != device:

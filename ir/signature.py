@@ -60,14 +60,14 @@ class Signature:
         bound = bind(self.parameters, args, kwargs)
         captured = set(self.in_spec.context)
         bound = self._fixed_arguments() | {k: v for k, v in bound.items() if v is not None or k in captured}
-        for name in bound.keys() - captured:
+        for name in set(bound) - captured:
             raise InputError(
                 f"argument {name!r} was not among the captured arguments",
                 expected=", ".join(self.in_spec.context),
                 found=name,
                 remedy=f"capture again with an example of {name!r}",
             )
-        for name in captured - bound.keys():
+        for name in captured - set(bound):
             raise InputError(
                 f"argument {name!r} is missing",
                 expected=", ".join(self.in_spec.context),
@@ -177,14 +177,33 @@ def bind(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, An
     Raises:
         InputError: arguments that `forward` would not take.
     """
-    try:
-        return dict(_signature(tuple(parameters)).bind(*args, **kwargs).arguments)
-    except TypeError as error:
-        raise InputError(
-            f"the arguments do not fit the model's forward: {error}",
-            expected=f"({', '.join(parameters)})",
-            remedy="call it as the model is called",
-        ) from None
+    positional, named = list(args), dict(kwargs)
+    bound: dict[str, Any] = {}
+    for parameter in parameters:
+        name = parameter.strip("*=")
+        if parameter.startswith("**"):
+            bound, named = bound | ({name: named} if named else {}), {}
+        elif parameter.startswith("*"):
+            bound, positional = bound | ({name: tuple(positional)} if positional else {}), []
+        elif positional and not parameter.endswith("="):
+            if name in named:
+                raise _misfit(f"got two values for {name!r}", parameters)
+            bound[name] = positional.pop(0)
+        elif name in named:
+            bound[name] = named.pop(name)
+    if positional:
+        raise _misfit(f"{len(positional)} too many positional arguments", parameters)
+    if named:
+        raise _misfit(f"got an unexpected argument {next(iter(named))!r}", parameters)
+    return bound
+
+
+def _misfit(what: str, parameters: Sequence[str]) -> InputError:
+    return InputError(
+        f"the arguments do not fit the model's forward: {what}",
+        expected=f"({', '.join(parameters)})",
+        remedy="call it as the model is called",
+    )
 
 
 def unbind(parameters: Sequence[str], bound: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import depthc
 from depthc.ir.body import Body
+from depthc.ir.graph.guards import holds_always
 from depthc.ir.params import Ref
 from depthc.ir.program import Program, Segment
+from depthc.ir.sizes import evaluate
 
 from .models import VOCAB, WIDTH, Chain, Spec, Stacked, assert_lowered, assert_same, ids, outputs, seeded, states
 
@@ -475,3 +479,17 @@ def test_inside(kind: str) -> None:
     compiled = depthc.compile(model, args=(states(),))
     assert compiled.program.depths == (2,)
     assert_lowered(compiled, model, states())
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_guards_that_are_dropped_hold(data: st.DataObject) -> None:
+    """What is taken to hold always does, at random sizes from the lowest on."""
+    terms = "b; s; 7; 4 * b; b * s; 2 * s + 1; 16 * b // b; s // 3; s % 4; 64 * b % (4 * b); max(s, 2)".split("; ")
+    left, right = data.draw(st.sampled_from(terms)), data.draw(st.sampled_from(terms))
+    sign = data.draw(st.sampled_from(["==", "!=", "<", "<=", ">", ">="]))
+    lowest = data.draw(st.fixed_dictionaries({"b": st.integers(1, 3), "s": st.integers(1, 4)}))
+    guard = f"{left} {sign} {right}"
+    if holds_always(guard, lowest):
+        sizes = {name: data.draw(st.integers(low, low + 20)) for name, low in lowest.items()}
+        assert evaluate(guard, sizes), sizes

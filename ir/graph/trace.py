@@ -14,10 +14,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from depthc.ir import certificate, sizes
+from depthc.ir import certificate
 from depthc.ir.errors import CaptureError, InputError
 from depthc.ir.graph.canonical import canonicalize
 from depthc.ir.graph.export import WHOLE, export, forward_line, functional, mutates
+from depthc.ir.graph.guards import holds_always
 from depthc.ir.graph.size_nodes import SizeNames, source_of
 from depthc.ir.names import Names
 from depthc.ir.params import Param, ParamKind, Ref
@@ -307,13 +308,8 @@ def _conditions(
         return f"({leaf.type.shape[int(match.group(2))]})" if match and leaf and leaf.type else None
 
     guards = [names.of_guard(code, size_of) for code in getattr(exported, "_guards_code", ())]
-    return ranges, tuple(dict.fromkeys(g for g in guards if g and _says_something(g)))
-
-
-def _says_something(guard: str) -> bool:
-    """Whether a condition is about sizes that may vary, and not that a size equals itself."""
-    left, _, right = guard.partition(" == ")
-    return left != right and bool(sizes.names(sizes.read(guard)))
+    lowest = {name: low for name, (low, _) in ranges.items()}
+    return ranges, tuple(dict.fromkeys(g for g in guards if g and not holds_always(g, lowest)))
 
 
 def _without_dropout(exported: ExportedProgram) -> str:
