@@ -89,8 +89,8 @@ class Evaluator:
                 case Loop():
                     self.loop(op, values, indices)
                 case Select():
-                    among = values[op.among] if op.among else None
-                    values[op.write] = select(op.rule, values[str(op.score)], among)
+                    score, among = (values[name] if name else None for name in (op.score, op.among))
+                    values[op.write] = select(op.rule, score, among, indices)
                 case On():
                     self.on(op, values, indices)
                 case Merge():

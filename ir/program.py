@@ -103,7 +103,8 @@ class Select:
     """A token set as a value: `write = select rule(score, among=...)`.
 
     Rules: "all", "stride(q)", "topk(c)" with capacity c in (0, 1] of the candidates, "threshold(x)" for score > x,
-    "atleast(r)" for score >= r. `score` names a value of shape [batch, tokens]; `among` an earlier set.
+    "atleast(r)" for score >= r, with `r` over the loop indices. `score` names a value of shape [batch, tokens], which
+    "all" and "stride" may go without where `among`, an earlier set, says what the tokens are.
     """
 
     write: str

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from depthc.ir import sizes
 from depthc.ir.errors import VerifyError
 
 
@@ -46,30 +48,38 @@ class TokenSet:
         return torch.where(chosen, spread, moved).movedim((0, 1), (batch, token))
 
 
-def select(rule: str, score: Tensor, among: TokenSet | None = None) -> TokenSet:
+def select(
+    rule: str, score: Tensor | None, among: TokenSet | None = None, indices: Mapping[str, int] | None = None
+) -> TokenSet:
     """The set that a rule makes of scores [batch, tokens, ...] among the candidates.
 
     Rules: "all"; "stride(q)": every q-th position; "topk(c)": the max(1, int(c n)) best of n candidates a row, ties to
-    the lower position; "threshold(x)": score > x; "atleast(r)": score >= r.
+    the lower position; "threshold(x)": score > x; "atleast(r)": score >= r, an expression over the loop `indices`.
+    The first two read no more than the shape of the score, and need none with candidates.
 
     Example:
         >>> select("topk(0.5)", torch.tensor([[1.0, 3.0, 3.0, 2.0]])).mask
         tensor([[False,  True,  True, False]])
     """
     name, _, rest = rule.partition("(")
-    argument = float(rest.rstrip(")")) if rest else 0.0
-    everyone = torch.ones(score.shape[:2], dtype=torch.bool, device=score.device)
-    candidates = everyone if among is None else among.mask
+    argument = rest.removesuffix(")")
+    if among is not None:
+        candidates = among.mask
+    else:
+        assert score is not None, "verify asks for a score or candidates"
+        candidates = torch.ones(score.shape[:2], dtype=torch.bool, device=score.device)
     if name == "all":
         return TokenSet(candidates)
     if name == "stride":
-        return TokenSet(candidates & (torch.arange(score.shape[1], device=score.device) % int(argument) == 0))
+        places = torch.arange(candidates.shape[1], device=candidates.device)
+        return TokenSet(candidates & (places % int(argument) == 0))
     if name == "threshold":
-        return TokenSet(candidates & (score > argument))
+        return TokenSet(candidates & (score > float(argument)))
     if name == "atleast":
-        return TokenSet(candidates & (score >= argument))
+        return TokenSet(candidates & (score >= sizes.evaluate(argument, indices or {})))
     if name == "topk":
-        return TokenSet(_best(score, candidates, argument))
+        assert score is not None
+        return TokenSet(_best(score, candidates, float(argument)))
     raise VerifyError(
         f"there is no selection rule {rule!r}",
         expected="all, stride(q), topk(c), threshold(x) or atleast(r)",

@@ -320,8 +320,8 @@ def _select(op: Select, place: _Place) -> None:
         _expression(place.where, "depth", rest.removesuffix(")"), place.indices)
     if op.score is not None:
         place.plain(op.score)
-    elif name in ("topk", "threshold", "atleast"):
-        place.fail("this rule needs a score", expected="score=value", found=op.rule)
+    elif op.among is None or name in ("topk", "threshold", "atleast"):
+        place.fail("this rule needs a score, if only for its shape", expected="score=value", found=op.rule)
     if op.among is not None:
         place.tokens(op.among)
     place.made.append(None)

@@ -120,8 +120,9 @@ def test_examples_in_docstrings(name: str) -> None:
     assert not failed
 
 
-def test_readme_example_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md", "docs/capture.md", "docs/ir.md"])
+def test_pages_run(page: str) -> None:
+    """The code blocks of a page, which continue each other."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
-    for block in blocks:
-        in_fresh_python(block)
+    in_fresh_python("\n".join(blocks))

@@ -99,7 +99,7 @@ def test_golden_text_means_what_it_says() -> None:
         (Loop("r", 4, (call(),)), 'for r in loop(4):\n    h = layer(h, w="layers.0")'),
         (Loop("r", "2 * s + 1", (call(),), until="x"), "for r in loop(2 * s + 1, until=x):"),
         (Loop("r", 2, ()), "for r in loop(2):\n    pass"),
-        (Select("A", "all"), 'A = select("all")'),
+        (Select("A", "all", "x"), 'A = select("all", score=x)'),
         (Select("A", "threshold(0.5)", "x"), 'A = select("threshold(0.5)", score=x)'),
         (Tap("h 1", "h"), 'tap("h 1", h)'),
     ],
@@ -114,7 +114,7 @@ def test_each_op_prints_and_parses(op: Op, text: str) -> None:
 def test_regions_print_and_parse() -> None:
     combine = body([value("old"), value("new")], lambda call, old, new: call(aten.maximum.default, (old, new)))
     plain = [
-        Select("A", "stride(2)"),
+        Select("A", "stride(2)", "h"),
         On("A", ("h",), ("y",), (replace(call(), writes=("y",)),)),
         Merge("h", "h", "y", "A"),
     ]

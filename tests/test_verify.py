@@ -89,7 +89,7 @@ def refused(program: Program, what: str) -> VerifyError:
     return error
 
 
-ROWS = (Select("A", "all"), On("A", ("h",), ("y",), (call(writes=("y",)),)))
+ROWS = (Select("A", "all", "score"), On("A", ("h",), ("y",), (call(writes=("y",)),)))
 
 
 @pytest.mark.parametrize(
@@ -128,24 +128,28 @@ ROWS = (Select("A", "all"), On("A", ("h",), ("y",), (call(writes=("y",)),)))
         # selections
         ([Select("A", "best(3)", "score")], "not a selection rule"),
         ([Select("A", "topk(1.5)", "score")], "not a selection rule"),
-        ([Select("A", "stride(0)")], "not a selection rule"),
+        ([Select("A", "stride(0)", "score")], "not a selection rule"),
         ([Select("A", "threshold(x)", "score")], "not a selection rule"),
         ([Select("A", "atleast(q)", "score")], "depth reads an unknown name"),
         ([Select("A", "topk(0.5)")], "needs a score"),
+        ([Select("A", "all")], "needs a score"),
         ([Select("A", "all", "nothing")], "'nothing' is read before"),
-        ([Select("A", "all", among="h")], "'h' is read as a token set"),
-        ([Select("A", "all"), call(reads=("h", "A"))], "'A' is read as a tensor"),
+        ([Select("A", "all", "score", among="h")], "'h' is read as a token set"),
+        ([Select("A", "all", "score"), call(reads=("h", "A"))], "'A' is read as a tensor"),
         # regions
         ([On("h", ("h",), ("h",), (call(),))], "'h' is read as a token set"),
-        ([Select("A", "all"), On("A", ("h",), ("h",), (call(reads=("h", "score")),))], "'score' is read before"),
-        ([Select("A", "all"), On("A", ("h",), ("y",), (call(),))], "'y' is read before"),
-        ([Select("A", "all"), On("A", ("q",), ("h",), ())], "'q' is read before"),
-        ([Select("A", "all"), On("A", ("h",), ("h", "h"), (call(),))], "two of the same name"),
+        (
+            [Select("A", "all", "score"), On("A", ("h",), ("h",), (call(reads=("h", "score")),))],
+            "'score' is read before",
+        ),
+        ([Select("A", "all", "score"), On("A", ("h",), ("y",), (call(),))], "'y' is read before"),
+        ([Select("A", "all", "score"), On("A", ("q",), ("h",), ())], "'q' is read before"),
+        ([Select("A", "all", "score"), On("A", ("h",), ("h", "h"), (call(),))], "two of the same name"),
         ([*ROWS, call(reads=("h", "y"))], "'y' is read as a tensor with all tokens"),
         # merges
-        ([Select("A", "all"), Merge("h", "h", "score", "A")], "does not hold the rows of 'A'"),
-        ([*ROWS, Select("A", "all"), Merge("h", "h", "y", "A")], "does not hold the rows of 'A'"),
-        ([*ROWS, Select("B", "all"), Merge("h", "h", "y", "B")], "does not hold the rows of 'B'"),
+        ([Select("A", "all", "score"), Merge("h", "h", "score", "A")], "does not hold the rows of 'A'"),
+        ([*ROWS, Select("A", "all", "score"), Merge("h", "h", "y", "A")], "does not hold the rows of 'A'"),
+        ([*ROWS, Select("B", "all", "score"), Merge("h", "h", "y", "B")], "does not hold the rows of 'B'"),
         ([*ROWS, Merge("h", "y", "y", "A")], "'y' is read as a tensor"),
         ([*ROWS, Merge("h", "h", "y", "A", extra=("h",))], "without a body"),
         # taps
