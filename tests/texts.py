@@ -73,7 +73,7 @@ def Model(ids: i64[b, s], scale: 2.0, flags: {"fast": True, "mask": None}, label
         h, memory = pair(h, h)
         for l in range(3):
             h = layer(h, positions, w=f"layers.{2 * l + 4}", c=((0.1, 0.5, 0.25)[l],))
-        A0 = select("all")
+        A0 = select("all", score=score)
         for r in loop(3, until=done):
             done = gate(h, w="gates.0")
             A1 = select("topk(0.5)", score=score, among=A0)
