@@ -154,7 +154,7 @@ def test_random_bodies(made: Body) -> None:
         ("        h, memory = pair(h, h)", "        h, memory = trio(h, h)", "no block or segment 'trio'", "trio"),
         ("        h, memory = pair(h, h)", "        print(h)", "no block or segment 'print'", "print"),
         ("        h, memory = pair(h, h)", "        while True: pass", "not an op", "while"),
-        ('select("all")', "select()", "0 positional", "select"),
+        ('select("all", score=score)', "select()", "0 positional", "select"),
         ("among=A0)", "omong=A0)", "no option", ""),
         ("combine=combine", "combine=gate", "not a glue", ""),
         ("fresh, read", "stale, read", "not a key/value plan", ""),
