@@ -40,6 +40,12 @@ class DepthModule(nn.Module):
     def _register(self, name: str, value: Tensor, kind: str, made: dict[int, Tensor]) -> None:
         owner: nn.Module = self
         *path, leaf = name.split(".")
+        if hasattr(type(self), (top := name.split(".")[0])) or top in ("program", "_owners", "_functions"):
+            raise InputError(
+                f"parameter {name!r} has the name of an attribute of compiled modules",
+                found=top,
+                remedy=f"rename the model's attribute {top!r}",
+            )
         for part in path:
             if part not in owner._modules:
                 owner.add_module(part, nn.Module())
@@ -91,8 +97,9 @@ class DepthModule(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DepthModule:
+        device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
         for dtype in {p.type.dtype for p in self.program.params.values() if p.type.dtype.is_floating_point}:
-            cast = fn(torch.empty(0, dtype=dtype, device=next(iter(self.state_dict().values())).device)).dtype
+            cast = fn(torch.empty(0, dtype=dtype, device=device)).dtype
             if cast != dtype:
                 raise InputError(
                     "a compiled module keeps the dtype that it was captured in: its casts were captured with it",

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from depthc.ir.errors import InputError
 from depthc.ir.graph.trace import trace
 from depthc.ir.outline.assemble import assemble
 from depthc.ir.outline.outline import outline
@@ -23,9 +24,10 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
         kwargs: example keyword arguments.
 
     Returns:
-        A program that computes what the model computes, bit for bit, in train and eval mode.
+        A program that computes what the model computes as exported, bit for bit, in the modes that it says.
 
     Raises:
+        InputError: arguments that its forward does not take.
         CaptureError: data-dependent control flow, side effects, arguments that are not data.
         OutlineError: no layer repeats.
 
@@ -35,6 +37,13 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
         >>> depthc.capture(model, (torch.ones(2, 5, 4),)).depths
         (3,)
     """
+    if not isinstance(args, tuple | list):
+        raise InputError(
+            "the example arguments are not a tuple",
+            expected="args=(tensor, ...)",
+            found=type(args).__name__,
+            remedy="write (x,) for one argument",
+        )
     traced = trace(model, tuple(args), dict(kwargs or {}))
     program = assemble(traced, outline(traced))
     verify(program)

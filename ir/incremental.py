@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -21,12 +21,12 @@ from depthc.ir import sizes
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.body import Body
-from depthc.ir.errors import IncrementalError, SubsetError
+from depthc.ir.errors import IncrementalError, InputError, SubsetError
 from depthc.ir.evaluate import Evaluator, WeightParams, indexed
 from depthc.ir.masks.masks import masks_of
 from depthc.ir.program import Block, Call, Kv, Loop, Op, Program, Segment, Stack, calls
 from depthc.ir.rows.run import Cache, run_rows
-from depthc.ir.signature import bind, device_of
+from depthc.ir.signature import bind, device_of, unbind
 
 Kind = Literal["fixed", "full", "rows"]
 
@@ -106,18 +106,36 @@ def step(program: Program, past: Past, args: Sequence[Any], kwargs: Mapping[str,
 def _extended(old: Any, new: Any, dims: Sequence[tuple[int, ...]]) -> Any:
     """The leaves of an argument with the new tokens behind the old ones."""
     leaves, spec = pytree.tree_flatten(old)
-    pairs = zip(leaves, pytree.tree_leaves(new), dims, strict=True)
-    return pytree.tree_unflatten([_append(a, b, where) for a, b, where in pairs], spec)
+    more = pytree.tree_leaves(new)
+    if len(more) != len(leaves):
+        _no_continuation(f"{len(leaves)} values", f"{len(more)}")
+    return pytree.tree_unflatten([_append(a, b, where) for a, b, where in zip(leaves, more, dims, strict=True)], spec)
 
 
 def _append(old: Any, new: Any, dims: tuple[int, ...]) -> Any:
     if not dims:
         return old
+    same = isinstance(new, Tensor) and new.dtype == old.dtype and new.dim() == old.dim()
+    if not same or any(new.shape[d] != old.shape[d] for d in range(old.dim()) if d not in dims):
+        _no_continuation(f"{old.dtype}{list(old.shape)} but for dimension {dims[0]}", _shown(new))
     for dim in dims[1:]:  # new columns of old rows are never read
         if new.shape[dim] > old.shape[dim]:
             size = [*old.shape[:dim], new.shape[dim] - old.shape[dim], *old.shape[dim + 1 :]]
             old = torch.cat([old, old.new_zeros(size)], dim)
     return torch.cat([old, new], dims[0])
+
+
+def _no_continuation(expected: str, found: str) -> NoReturn:
+    raise InputError(
+        "a new part of an argument does not continue the old one",
+        expected=expected,
+        found=found,
+        remedy="pass the new tokens of the same batch",
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +189,9 @@ def _make_plan(program: Program) -> Plan:
 
 
 def _token_size(program: Program) -> str:
-    call = next(call for call, _ in calls(program.stacks[-1].ops))
+    call = next((call for stack in reversed(program.stacks) for call, _ in calls(stack.ops)), None)
+    if call is None:
+        raise IncrementalError("the program has no layers", remedy="evaluate the whole sequence with run()")
     block = program.blocks[call.block]
     dim = _token_dim(block)
     size = block.body.inputs_of("value")[0].type.shape[dim]  # type: ignore[union-attr]
@@ -188,7 +208,15 @@ def _token_dim(block: Block) -> int:
     """The dimension of the carry that holds the tokens."""
     axes = analyse(block)
     label = axes.labels[block.body.placeholders_of("value")[0]]
-    return next(d for d, dim in enumerate(label) if dim == (axes.token,))
+    dims = [d for d, dim in enumerate(label) if dim == (axes.token,)]
+    if not dims:
+        raise IncrementalError(
+            f"what flows through block {block.name!r} has no token axis",
+            expected="a batch of sequences",
+            found=str(block.body.inputs_of("value")[0].type),
+            remedy="capture with arguments of a batch and a length above 1",
+        )
+    return dims[0]
 
 
 def _add_kinds(program: Program, item: Segment | Stack, kinds: dict[str, Kind]) -> None:
@@ -299,7 +327,9 @@ def _require_causal(program: Program, kinds: Mapping[str, Kind]) -> None:
 
 
 def _advance(program: Program, plan: Plan, past: Past) -> tuple[Any, Past]:
-    tensors = program.signature.flatten((), _keywords(program, past.arguments))
+    if False not in program.modes:
+        raise InputError("the program was captured in train mode only", remedy="capture the model again in eval mode")
+    tensors = program.signature.flatten(*unbind(program.signature.parameters, past.arguments))
     length = program.signature.size_values(tensors)[plan.token]
     step = _Step(program, plan, past, tensors, length)
     for item in program.body:
@@ -307,12 +337,6 @@ def _advance(program: Program, plan: Plan, past: Past) -> tuple[Any, Past]:
     fixed = {name: value for name, value in step.values.items() if plan.kinds.get(name) == "fixed"}
     outputs = program.signature.unflatten(step.values)
     return outputs, Past(length, past.arguments, fixed, step.caches, step.stream)
-
-
-def _keywords(program: Program, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    from depthc.ir.signature import unbind
-
-    return unbind(program.signature.parameters, arguments)[1]
 
 
 class _Step:

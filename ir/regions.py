@@ -10,6 +10,7 @@ from torch import Tensor
 from depthc.ir.evaluate import Evaluator, indexed
 from depthc.ir.program import Call, On, Segment
 from depthc.ir.rows.run import run_rows
+from depthc.ir.text.functions import walk
 from depthc.ir.tokens import TokenSet
 
 
@@ -24,10 +25,11 @@ class Region(Evaluator):
         super().__init__(outer.program, outer.param, outer.device, outer.training, outer.run_body)
         self.outer, self.op, self.tokens = outer, op, tokens
         self.slots, self.taps = outer.slots, outer.taps
-        calls = [inner for inner in op.body if isinstance(inner, Call)]
-        carried = {name for call in calls for name in call.reads[: self.program.blocks[call.block].carries]}
-        made = {name for inner in op.body for name in getattr(inner, "writes", ())}
-        self.rows = (carried | made) if calls else (set(op.reads) | made)
+        inside = [inner for inner, _ in walk(op.body)]
+        found = [inner for inner in inside if isinstance(inner, Call)]
+        carried = {name for call in found for name in call.reads[: self.program.blocks[call.block].carries]}
+        made = {name for inner in inside for name in getattr(inner, "writes", ())}
+        self.rows = (carried | made) if found else (set(op.reads) | made)
 
     def enter(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values that the region may read, gathered where it reads them as rows."""

@@ -147,7 +147,7 @@ class Signature:
 
 def _check_leaf(leaf: Leaf, value: Any) -> None:
     if leaf.type is None:
-        if value is not leaf.value and value != leaf.value:
+        if value is not leaf.value and (type(value) is not type(leaf.value) or value != leaf.value):
             raise InputError(
                 f"argument {leaf.name!r} was captured with another value",
                 expected=repr(leaf.value),

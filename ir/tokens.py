@@ -73,12 +73,12 @@ def select(
     if name == "stride":
         places = torch.arange(candidates.shape[1], device=candidates.device)
         return TokenSet(candidates & (places % int(argument) == 0))
+    assert score is not None, "verify asks for a score"
     if name == "threshold":
         return TokenSet(candidates & (score > float(argument)))
     if name == "atleast":
         return TokenSet(candidates & (score >= sizes.evaluate(argument, indices or {})))
     if name == "topk":
-        assert score is not None
         return TokenSet(_best(score, candidates, float(argument)))
     raise VerifyError(
         f"there is no selection rule {rule!r}",

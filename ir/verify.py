@@ -338,7 +338,11 @@ def _number(text: str) -> float | None:
 def _on(op: On, place: _Place) -> None:
     tokens = place.tokens(op.tokens)
     for name in op.reads:
-        place.read(name)
+        if isinstance(place.read(name), _Tokens):
+            place.fail(f"a region reads the token set {name!r}", expected="tensors", found=name)
+    if any(isinstance(inner, On) for inner, _ in walk(op.body)):
+        expected = "regions side by side, with sets selected among each other"
+        place.fail("a region lies inside another one", expected=expected, found="on")
     _unique(place.where, "write", op.writes)
     visible = {name: place.names[name] for name in op.reads}
     inner = replace(place, names=visible)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import fx
 
 from depthc.ir.body import Body, Input
@@ -73,6 +74,9 @@ def _check_op(node: fx.Node, seen: set[fx.Node], where: str) -> None:
     if not is_operation(node.target):
         found = getattr(node.target, "__name__", str(node.target))
         _fail(node, where, "this is not an op", expected="ATen ops and functions on sizes", found=found)
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable and node.target is not torch.ops.aten.detach_.default:
+        _fail(node, where, "an op changes its operand", expected="ops that return new values")
     wrong = misfit(node.target, node.args, list(node.kwargs))
     if wrong:
         _fail(node, where, f"the arguments do not fit {target_name(node.target)}: {wrong}")

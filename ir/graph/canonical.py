@@ -43,19 +43,23 @@ IGNORED = {
 }
 
 
-def canonicalize(graph: fx.Graph, names: SizeNames, known: Mapping[str, tuple[fx.Node, int]]) -> None:
+def canonicalize(
+    graph: fx.Graph, names: SizeNames, known: Mapping[str, tuple[fx.Node, int]], *, both_modes: bool = True
+) -> None:
     """Rewrite a functional graph from torch.export in place. Placeholders are kept; `meta["val"]` stays right.
 
     Args:
         names: size names of the graph's symbols.
         known: for every size name, the input and dimension that have that size.
+        both_modes: whether dropout is on when training and only then; else it stays as captured.
     """
     env = _environment(graph)
     _sizes_from_inputs(graph, names, known)
     for node in list(graph.nodes):
         if node.op == "call_function":
             _rewrite(node, env, names, known)
-    _one_form_of_attention_dropout(graph, env["training"])
+    if both_modes:
+        _dropout_when_training(graph, env["training"])
     _drop_no_ops(graph)
     _merge_reshapes(graph)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
@@ -120,7 +124,7 @@ def _rewrite(
         graph.erase_node(node)
         return
     if node.target is aten.native_dropout.default:
-        _dropout(node, env["training"])
+        _dropout(node)
         return
     if node.target in _CASTS:
         _cast(node, env["device"])
@@ -130,17 +134,15 @@ def _rewrite(
         _like(node, env["device"], names, known)
     if hasattr(node.target, "_schema"):
         node.args, node.kwargs = _minimal_arguments(node, env["device"])
-    if node.target is aten.dropout.default:
-        node.args = (node.args[0], node.args[1], env["training"])
     if node.target is aten.slice.Tensor:
         _slice(node)
 
 
-def _dropout(node: fx.Node, training: fx.Node) -> None:
-    """`native_dropout(x, p, True)[0]`, as training capture writes it, is `dropout(x, p, training)`."""
+def _dropout(node: fx.Node) -> None:
+    """`native_dropout(x, p, True)[0]`, as training capture writes it, is `dropout(x, p, True)`."""
     graph = node.graph
     with graph.inserting_before(node):
-        made = graph.call_function(aten.dropout.default, (node.args[0], node.args[1], training))
+        made = graph.call_function(aten.dropout.default, node.args)
     made.meta.update(node.meta, val=node.meta["val"][0])
     for user in list(node.users):
         user.replace_all_uses_with(made)
@@ -148,8 +150,14 @@ def _dropout(node: fx.Node, training: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _one_form_of_attention_dropout(graph: fx.Graph, training: fx.Node) -> None:
-    """If one attention drops out when training, all do: rates may grow with depth from 0, the schema's default."""
+def _dropout_when_training(graph: fx.Graph, training: fx.Node) -> None:
+    """Every dropout reads `training`.
+
+    If one attention drops out, all do: rates may grow with depth from 0, which is the schema's default.
+    """
+    for node in graph.nodes:
+        if node.target is aten.dropout.default:
+            node.args = (node.args[0], node.args[1], training)
     attentions = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default]
     if all(len(n.args) <= 4 or n.args[4] == 0 for n in attentions):
         return
@@ -259,9 +267,13 @@ def _is_no_op(node: fx.Node) -> bool:
     source = args[0].meta.get("val")
     if not isinstance(source, torch.Tensor) or source.dtype != node.meta["val"].dtype:
         return False
+    if "param" in args[0].meta and any(user.op == "output" for user in node.users):
+        return False  # an output is the result of an op
     unlaid = "memory_format" not in node.kwargs or node.kwargs["memory_format"] is torch.preserve_format
     if target in (aten._to_copy.default, aten.clone.default):
         return unlaid
+    if target is aten.dropout.default:
+        return args[2] is False
     if target is aten.alias.default:
         return "param" not in args[0].meta
     if target in (aten.lift_fresh_copy.default, aten.lift_fresh.default):

@@ -120,7 +120,8 @@ def _dynamic_shapes(
 @contextlib.contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     before = {module: module.training for module in model.modules()}
-    model.train(training)
+    if model.training != training:  # else the modes of single modules stay as they are
+        model.train(training)
     try:
         yield
     finally:

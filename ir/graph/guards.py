@@ -1,10 +1,11 @@
-"""Guards: which conditions of an exported graph hold at all sizes in range, and need not be checked."""
+"""Guards: the conditions on sizes under which an exported graph is the model."""
 
 from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,10 @@ from typing import Any
 import sympy
 
 from depthc.ir import sizes
+from depthc.ir.errors import CaptureError
+from depthc.ir.sizes import Size
 
+_SOURCE = re.compile(r"L((?:\[[^\]]+\]|\.\w+)*?)\.size\(\)\[(\d+)\]")
 _ARITHMETIC: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -31,6 +35,42 @@ _HOLDS: dict[type, Callable[[Any], bool | None]] = {
 }
 
 
+def size_guards(
+    conditions: Iterable[str], size_of: Callable[[str, int], tuple[Size, int] | None], lowest: Mapping[str, int]
+) -> tuple[str, ...]:
+    """What torch.export assumed about sizes, as size expressions; without what holds at all sizes from the lowest on.
+
+    A condition that is no size expression (one on `int(s * 0.5)`, say) fixes the sizes in it to those of the example.
+
+    Args:
+        conditions: Python expressions over sources such as `L['x'].size()[1]`; those without one say nothing of sizes.
+        size_of: the size, and its value in the example, of a dimension of the argument at a path ("['x']").
+        lowest: the smallest value of each size name.
+
+    Raises:
+        CaptureError: a condition on something that is not an argument.
+    """
+    found: dict[str, None] = {}
+    for condition in conditions:
+        sources = {m.group(0): size_of(m.group(1), int(m.group(2))) for m in _SOURCE.finditer(condition)}
+        if None in sources.values():
+            raise CaptureError(
+                f"the captured graph depends on a size that is not one of an argument: {condition}",
+                expected="conditions on the sizes of arguments",
+                remedy="pass the tensor whose size it is as an argument",
+            )
+        known = {source: size for source, size in sources.items() if size is not None}
+        text = condition
+        for source, (size, _) in known.items():
+            text = text.replace(source, f"({size})")
+        try:
+            made = [ast.unparse(sizes.read(text))] if known else []
+        except (ValueError, SyntaxError):
+            made = [f"{size} == {example}" for size, example in known.values()]
+        found |= dict.fromkeys(guard for guard in made if not holds_always(guard, lowest))
+    return tuple(found)
+
+
 def holds_always(guard: str, lowest: Mapping[str, int]) -> bool:
     """Whether a condition is true at all sizes from the lowest on (a size without one: from 1); False if unclear.
 
@@ -39,6 +79,8 @@ def holds_always(guard: str, lowest: Mapping[str, int]) -> bool:
         (True, False)
     """
     tree = sizes.read(guard)
+    if not sizes.names(tree):
+        return bool(sizes.evaluate(guard, {}))
     if not isinstance(tree, ast.Compare):
         return False
     shifted = {n: sympy.Symbol(n, integer=True, nonnegative=True) + lowest.get(n, 1) for n in sizes.names(tree)}

@@ -6,6 +6,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Mapping
+from itertools import chain, count
 from typing import Any
 
 import sympy
@@ -81,7 +82,7 @@ class SizeNames:
     def __init__(self) -> None:
         self._names: dict[sympy.Symbol, str] = {}
         self._roles: dict[tuple[Any, ...], str] = {}
-        self._free = iter("stuvxyzadefgijklmnopqr")
+        self._free = chain("stuvxyzadefgijklmnopqr", (f"s{i}" for i in count(1)))
         self._printer = PythonPrinter()
 
     def declare(self, symbol: sympy.Symbol, role: tuple[Any, ...], *, batch: bool) -> None:
@@ -110,22 +111,6 @@ class SizeNames:
             return int(expr)
         renamed = expr.xreplace({s: sympy.Symbol(n, integer=True, positive=True) for s, n in self._names.items()})
         return ast.unparse(ast.parse(self._printer.doprint(renamed), mode="eval"))
-
-    def of_guard(self, code: str, leaf_of_source: Callable[[str], str | None]) -> str | None:
-        """A guard of torch.export over `L['x'].size()[1]` as a condition over size names, if it is one."""
-        found = True
-
-        def size(match: re.Match[str]) -> str:
-            nonlocal found
-            name = leaf_of_source(match.group(0))
-            found = found and name is not None
-            return str(name)
-
-        text = re.sub(r"L(\[[^\]]+\]|\.\w+)+\.size\(\)\[\d+\]", size, code)
-        try:
-            return ast.unparse(sizes.read(text)) if found else None
-        except (ValueError, SyntaxError):
-            return None
 
 
 def source_of(node: fx.Node) -> str:

@@ -18,11 +18,13 @@ from depthc.ir import certificate
 from depthc.ir.errors import CaptureError, InputError
 from depthc.ir.graph.canonical import canonicalize
 from depthc.ir.graph.export import WHOLE, export, forward_line, functional, mutates
-from depthc.ir.graph.guards import holds_always
+from depthc.ir.graph.guards import size_guards
+from depthc.ir.graph.ones import takes_ones
 from depthc.ir.graph.size_nodes import SizeNames, source_of
 from depthc.ir.names import Names
 from depthc.ir.params import Param, ParamKind, Ref
 from depthc.ir.signature import Leaf, Signature, bind, parameter_names
+from depthc.ir.sizes import Size
 from depthc.ir.types import Type
 
 aten = torch.ops.aten
@@ -60,26 +62,28 @@ def tensor_type(value: Tensor, names: SizeNames) -> Type:
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
     """Export `model` in train and eval mode and bring the graph into canonical form.
 
-    The two modes must agree up to dropout; otherwise the trace holds the mode that the model is in.
+    The two modes must agree up to dropout, which is on in training and off in evaluation; otherwise, and where modules
+    are in different modes, the trace holds the model as it is.
 
     Raises:
         CaptureError: the model cannot be exported, or the arguments hold something that is not data.
     """
     parameters = parameter_names(inspect.signature(model.forward))
     bound = _bound(model, parameters, args, kwargs)
-    if "use_cache" in parameters and "use_cache" not in bound:
-        bound = {p: bound.get(p, False) for p in _plain(parameters) if p in bound or p == "use_cache"}
+    given = _defaults(model) | ({"use_cache": False} if "use_cache" in parameters else {}) | bound
+    bound = {p: given[p] for p in _plain(parameters) if p in given}
     _check_leaves(bound, forward_line(model))
     bound = _apart(bound, model)
     current = _exported(model, parameters, bound, model.training)
-    other = _exported(model, parameters, bound, not model.training)
     if isinstance(current, CaptureError):
         raise current
-    if isinstance(other, CaptureError) or _without_dropout(current) != _without_dropout(other):
-        chosen: ExportedProgram = current
-        modes: tuple[bool, ...] = (model.training,)
-    else:
-        chosen, modes = (current if model.training else other), (False, True)
+    other = _exported(model, parameters, bound, not model.training) if _is_uniform(model) else None
+    modes: tuple[bool, ...] = (model.training,)
+    chosen = current
+    if isinstance(other, ExportedProgram) and _without_dropout(current) == _without_dropout(other):
+        training, evaluation = (current, other) if model.training else (other, current)
+        if all(_drop_rates(training)) and not any(_drop_rates(evaluation)):
+            chosen, modes = training, (False, True)
     chosen = functional(chosen)
     if mutated := _mutated(chosen):
         raise _side_effect(*mutated, model.training)
@@ -100,6 +104,12 @@ def _bound(
             remedy="pass args and kwargs as the model is called",
         ) from None
     return bind(parameters, args, kwargs)
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Arguments that are numbers or strings unless they are given: they are part of what is captured."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default for p in parameters if type(p.default) in (bool, int, float, str)}
 
 
 def _plain(parameters: tuple[str, ...]) -> list[str]:
@@ -203,7 +213,7 @@ def _from_exported(
             if isinstance(size, str) and size.isidentifier():
                 known.setdefault(size, (node, dim))
     outputs = _outputs(exported, graph)
-    canonicalize(graph, names, known)
+    canonicalize(graph, names, known, both_modes=len(modes) == 2)
     for node in graph.nodes:
         node.meta["source"] = source_of(node)
     signature = Signature(
@@ -212,7 +222,7 @@ def _from_exported(
         in_spec,
         outputs,
         exported.call_spec.out_spec,
-        *_conditions(exported, names, inputs, in_spec),
+        *_conditions(model, parameters, bound, exported, names, inputs),
     )
     return Trace(type(model).__name__, graph, signature, params, weights, modes, names, forward_line(model))
 
@@ -290,26 +300,31 @@ def _computed(graph: fx.Graph, output: fx.Node, value: fx.Node) -> fx.Node:
 
 
 def _conditions(
-    exported: ExportedProgram, names: SizeNames, inputs: tuple[Leaf, ...], in_spec: pytree.TreeSpec
+    model: nn.Module,
+    parameters: tuple[str, ...],
+    bound: Mapping[str, Any],
+    exported: ExportedProgram,
+    names: SizeNames,
+    inputs: tuple[Leaf, ...],
 ) -> tuple[dict[str, tuple[int, int | None]], tuple[str, ...]]:
     """Ranges of the size names and further guards, as the exporter found them."""
     ranges: dict[str, tuple[int, int | None]] = {}
     for symbol, bounds in exported.range_constraints.items():
         if symbol in names:
             high = bounds.upper
-            low = 1 if bounds.lower == 2 else int(bounds.lower)  # export takes no size for 1, but tests none either
-            ranges[str(names.of_expr(symbol))] = (low, int(high) if high.is_Integer else None)
-    by_name = {leaf.name: leaf for leaf in inputs}
+            ranges[str(names.of_expr(symbol))] = (int(bounds.lower), int(high) if high.is_Integer else None)
+    paths = pytree.tree_leaves_with_path(dict(bound))
+    leaves = {pytree.keystr(path): (leaf, value) for (path, value), leaf in zip(paths, inputs, strict=True)}
 
-    def size_of(source: str) -> str | None:
-        match = re.fullmatch(rf"L(?:\['{WHOLE}'\])?(.*)\.size\(\)\[(\d+)\]", source)
-        keys = re.findall(r"\['?([^\]']+)'?\]|\.(\w+)", match.group(1)) if match else []
-        leaf = by_name.get("_".join(a or b for a, b in keys))
-        return f"({leaf.type.shape[int(match.group(2))]})" if match and leaf and leaf.type else None
+    def size_of(path: str, dim: int) -> tuple[Size, int] | None:
+        leaf, value = leaves.get(path.removeprefix(f"['{WHOLE}']"), (None, None))
+        return (leaf.type.shape[dim], value.shape[dim]) if leaf and leaf.type else None
 
-    guards = [names.of_guard(code, size_of) for code in getattr(exported, "_guards_code", ())]
+    for name, (low, high) in ranges.items():
+        if low == 2 and takes_ones(model, parameters, bound, inputs, name):
+            ranges[name] = (1, high)
     lowest = {name: low for name, (low, _) in ranges.items()}
-    return ranges, tuple(dict.fromkeys(g for g in guards if g and not holds_always(g, lowest)))
+    return ranges, size_guards(getattr(exported, "_guards_code", ()), size_of, lowest)
 
 
 def _without_dropout(exported: ExportedProgram) -> str:
@@ -332,6 +347,22 @@ def _without_dropout(exported: ExportedProgram) -> str:
             arguments = certificate.argument_text([*args, *sorted(node.kwargs.items())], names.__getitem__)
             lines.append(f"{node.target}{arguments}")
     return "\n".join(lines)
+
+
+def _is_uniform(model: nn.Module) -> bool:
+    """Whether all modules are in one mode: not so where a part is frozen."""
+    return len({module.training for module in model.modules()}) == 1
+
+
+def _drop_rates(exported: ExportedProgram) -> list[float]:
+    """The rate of every dropout that has one; 0 for those that are off. Attentions without dropout are left out."""
+    rates = []
+    for node in exported.graph.nodes:
+        if node.target in (aten.dropout.default, aten.native_dropout.default) and node.args[1]:
+            rates.append(float(node.args[1]) if node.args[2] else 0.0)  # type: ignore[arg-type]
+        if node.target is aten.scaled_dot_product_attention.default and len(node.args) > 4 and node.args[4]:
+            rates.append(float(node.args[4]))  # type: ignore[arg-type]
+    return rates
 
 
 def _is_idle(node: fx.Node) -> bool:

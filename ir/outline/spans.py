@@ -12,6 +12,7 @@ from torch import SymInt, fx
 
 from depthc.ir import certificate
 from depthc.ir.dominators import PostDominators
+from depthc.ir.graph.canonical import is_random
 from depthc.ir.graph.trace import Trace
 
 aten = torch.ops.aten
@@ -210,7 +211,7 @@ class SpanFinder:
     def _hoisted(self, start: fx.Node, inside: Sequence[fx.Node]) -> set[fx.Node]:
         """Nodes that the layer reads instead of computing them.
 
-        They do not depend on the carry, and either on no parameter or they serve other layers too.
+        They do not depend on the carry, and either on no parameter and no chance, or they serve other layers too.
         """
         members = set(inside)
         carried, own, hoisted = {start}, set(), set()
@@ -218,7 +219,7 @@ class SpanFinder:
             reads = node.all_input_nodes
             if any(n in carried for n in reads):
                 carried.add(node)
-            elif any(n in own or "param" in n.meta for n in reads) and all(
+            elif (is_random(node) or any(n in own or "param" in n.meta for n in reads)) and all(
                 self._within(u, members) for u in node.users
             ):
                 own.add(node)

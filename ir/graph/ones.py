@@ -1,0 +1,90 @@
+"""Sizes of 1: whether a model does the same with them as with larger ones.
+
+torch.export decides every question whether a size is 1 once and for all, without a guard, and claims nothing below 2.
+Here the model itself is run, on tensors without data, at sizes 1, 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from depthc.ir.signature import Leaf, unbind
+
+
+def takes_ones(
+    model: nn.Module, parameters: tuple[str, ...], bound: Mapping[str, Any], inputs: tuple[Leaf, ...], size: str
+) -> bool:
+    """Whether the model calls the same functions where a size is 1, and with the same numbers.
+
+    A number that follows the size must do so evenly: its steps from 1 to 2 and from 2 to 3 are equal.
+    """
+    if any(size in names_of(leaf) and size not in _plain(leaf) for leaf in inputs):
+        return False  # part of an expression: there is no example with 1
+    runs = [_calls(model, parameters, bound, inputs, size, value) for value in (1, 2, 3)]
+    one, two, three = runs
+    if one is None or two is None or three is None or not len(one) == len(two) == len(three):
+        return False
+    return all(map(_even, one, two, three))
+
+
+def names_of(leaf: Leaf) -> set[str]:
+    """The size names in the type of an argument."""
+    return leaf.type.size_names() if leaf.type else set()
+
+
+def _plain(leaf: Leaf) -> list[Any]:
+    return [s for s in leaf.type.shape if s in names_of(leaf)] if leaf.type else []
+
+
+def _even(one: Any, two: Any, three: Any) -> bool:
+    numbers = all(type(v) in (int, float) for v in (one, two, three))
+    return bool(three - two == two - one) if numbers else type(one) is type(two) is type(three) and one == two == three
+
+
+def _calls(
+    model: nn.Module,
+    parameters: tuple[str, ...],
+    bound: Mapping[str, Any],
+    inputs: tuple[Leaf, ...],
+    size: str,
+    value: int,
+) -> list[Any] | None:
+    """The functions that a forward calls and their arguments that are not tensors; None if it fails."""
+    leaves, tree = pytree.tree_flatten(dict(bound))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Recorder() as recorder:
+        try:
+            sized = [_sized(v, leaf, size, value) for v, leaf in zip(leaves, inputs, strict=True)]
+            args, kwargs = unbind(parameters, pytree.tree_unflatten(sized, tree))
+            recorder.calls.clear()
+            model(*args, **kwargs)
+        except Exception:  # whatever the reason, nothing is known then
+            return None
+    return recorder.calls
+
+
+def _sized(value: Any, leaf: Leaf, size: str, number: int) -> Any:
+    if leaf.type is None:
+        return value
+    shape = [number if s == size else actual for s, actual in zip(leaf.type.shape, value.shape, strict=True)]
+    return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes down every call of a torch function: its name, then its arguments with tensors left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = pytree.tree_leaves((args, kwargs or {}))
+        self.calls += [getattr(func, "__qualname__", str(func)), len(leaves)]
+        self.calls += [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        return func(*args, **(kwargs or {}))
