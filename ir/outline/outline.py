@@ -95,23 +95,30 @@ class _Search:
         tree = PostDominators(list(self.order), root, data_inputs)
         finder = SpanFinder(self.trace, tree, self.order)
         while True:
-            best = max((find_runs(finder, t, self.covered) for t in self._trunks(tree)), key=_coverage, default=[])
+            best: list[list[Span]] = []
+            for any_type in (False, True):  # what the deepest chain carries is most often the residual stream
+                trunks = self._trunks(tree, any_type)
+                best = best or max((find_runs(finder, t, self.covered) for t in trunks), key=_coverage, default=[])
             if not best:
                 return
             for tower in _join(best):
                 self.towers.append(tower)
                 self.covered |= tower.nodes
 
-    def _trunks(self, tree: PostDominators) -> Iterator[list[fx.Node]]:
-        """Chains to search, uncovered part only: from the deepest node, and from what it depends on."""
+    def _trunks(self, tree: PostDominators, any_type: bool) -> Iterator[list[fx.Node]]:
+        """Chains to search, uncovered part only: from the deepest node, then from what is of the type that it carries.
+
+        With `any_type`, from all nodes.
+        """
         free = [n for n in self.live if n in tree and n not in self.covered]
         if not free:
             return
         leaf = max(free, key=lambda n: (self._free_depth(tree, n), -self.order[n]))
         kinds = Counter(str(self.trace.type_of(n)) for n in tree.chain(leaf))
         stream = kinds.most_common(1)[0][0]
-        behind = sorted(_behind(leaf) & self.live - self.covered, key=self.order.__getitem__)
-        heads = [leaf, *(n for n in behind if str(self.trace.type_of(n)) == stream)]
+        behind = _behind(leaf) & self.live - self.covered
+        others = sorted(free if any_type else behind, key=self.order.__getitem__)
+        heads = [leaf, *(n for n in others if any_type or str(self.trace.type_of(n)) == stream)]
         seen: set[fx.Node] = set()
         for _ in range(_HEADS):
             head = next((n for n in heads if n not in seen), None)
