@@ -17,6 +17,9 @@ from torch.utils import _pytree as pytree
 
 from depthc.ir.signature import Leaf, unbind
 
+# Attributes, and what returns the same numbers: to expand 1 to 1 is to do nothing, and is often left out.
+_WITHOUT_EFFECT = {"__get__", "size", "dim", "expand", "expand_as", "broadcast_to", "contiguous", "is_contiguous"}
+
 
 def takes_ones(
     model: nn.Module, parameters: tuple[str, ...], bound: Mapping[str, Any], inputs: tuple[Leaf, ...], size: str
@@ -77,14 +80,15 @@ def _sized(value: Any, leaf: Leaf, size: str, number: int) -> Any:
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down every call of a torch function: its name, then its arguments with tensors left out."""
+    """Writes down every call of a torch function that has an effect: its name, then its arguments but for tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs or {}))
-        self.calls += [getattr(func, "__qualname__", str(func)), len(leaves)]
-        self.calls += [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        name = getattr(func, "__name__", str(func))
+        if name not in _WITHOUT_EFFECT:
+            leaves = pytree.tree_leaves((args, kwargs or {}))
+            self.calls += [name, len(leaves), *(leaf for leaf in leaves if not isinstance(leaf, Tensor))]
         return func(*args, **(kwargs or {}))

@@ -1,0 +1,13 @@
+"""The architectures of the zoo that differ most in kind: captured, exact, replayed, routed, stepped, lowered."""
+
+import pytest
+import zoo
+from architectures import CI
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CI)
+def test_row_has_no_failure(name: str) -> None:
+    row = zoo.run_row(name, limit=600)
+    assert {"captured", "same", "other", "replay", "subset", "eval", "train", "text"} <= row["checks"].keys()
+    assert not zoo.failures(row)
