@@ -50,7 +50,7 @@ class Architecture:
     stream: Mapping[str | int, str] = field(default_factory=dict)
     length: int = 17
     batch: int = 3
-    other: tuple[int, int] | None = (23, 1)
+    other: tuple[int, int] | None = (23, 2)
     refuses: tuple[str, ...] = ()
     tolerance: float = 0.0
     held_out: bool = False

@@ -6,7 +6,10 @@ Here the model itself is run, on tensors without data, at sizes 1, 2 and 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -61,7 +64,7 @@ def _calls(
 ) -> list[Any] | None:
     """The functions that a forward calls and their arguments that are not tensors; None if it fails."""
     leaves, tree = pytree.tree_flatten(dict(bound))
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Recorder() as recorder:
+    with _silent(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Recorder() as recorder:
         try:
             sized = [_sized(v, leaf, size, value) for v, leaf in zip(leaves, inputs, strict=True)]
             args, kwargs = unbind(parameters, pytree.tree_unflatten(sized, tree))
@@ -70,6 +73,19 @@ def _calls(
         except Exception:  # whatever the reason, nothing is known then
             return None
     return recorder.calls
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Ops that have no form without data are written to torch's log as errors; here they are an answer."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = before
 
 
 def _sized(value: Any, leaf: Leaf, size: str, number: int) -> Any:
