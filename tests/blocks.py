@@ -522,6 +522,16 @@ ILLEGAL: dict[str, tuple[Callable[[Mixer, Tensor], Tensor], str, str]] = {
     "reflected_shift": (lambda m, x: F.pad(x, (0, 0, 2, -2), "reflect"), "pad", "token"),
     "roll_everything": (lambda m, x: x.roll(1), "roll|cat|slice|index|view|reshape", "batch|token"),
     "windows": (lambda m, x: x.unfold(1, 1, 1)[..., 0] + x.unfold(2, 1, 1)[..., 0], "unfold", "token"),
+    "renormalised": (lambda m, x: torch.renorm(x, 2, 2, 0.5), "renorm", "batch|token"),
+    "shift_by_convolution": (
+        lambda m, x: (
+            F.conv_transpose1d(
+                x.mT, torch.ones(WIDTH, WIDTH, 1, dtype=x.dtype, device=x.device), None, 1, 1, 2, 1, 3
+            ).mT
+        ),
+        "conv_transpose1d",
+        "batch|token",
+    ),
     "roll_tokens": (lambda m, x: x.roll(1, 1), "roll|cat|slice|index", "token"),
     "roll_batch": (lambda m, x: x.roll(1, 0), "roll|cat|slice|index", "batch"),
     "reverse": (lambda m, x: x.flip(1), "flip", "token"),

@@ -213,7 +213,7 @@ def _spelled(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     return spelled, out.replace("...", dots)
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d")
+@rule("conv1d", "conv2d", "conv3d", "convolution")
 def _convolution(flow: Inference, node: fx.Node) -> Label:
     label = flow.operand(node, 0)
     weight: Any = node.args[1]

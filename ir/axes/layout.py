@@ -37,9 +37,11 @@ def _repeat(flow: Inference, node: fx.Node) -> Label:
     return tuple(dims)
 
 
-@rule("transpose", "t", "permute", "mT", "numpy_T", "movedim")
+@rule("transpose", "t", "permute", "mT", "numpy_T")
 def _permute(flow: Inference, node: fx.Node) -> Label:
     label = flow.operand(node, 0)
+    if op_name(node) == "numpy_T" and len(label) > 2:
+        keep_out(label, "reverses all dimensions, among them")
     return tuple(label[d] for d in order_of(node, len(label)))
 
 

@@ -62,7 +62,7 @@ def _softmax(flow: Inference, node: fx.Node) -> Label:
     return label
 
 
-@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "renorm", "topk", "kthvalue", "sort", "argsort")
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "topk", "kthvalue", "sort", "argsort")
 def along(flow: Inference, node: fx.Node) -> Any:
     """Ops in which the order along one dimension matters."""
     label = flow.operand(node, 0)
