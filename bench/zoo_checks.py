@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from compare import without_cache
+from precision import widen
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -22,7 +23,6 @@ from depthc.ir.body import Body
 from depthc.ir.errors import SubsetError
 from depthc.ir.evaluate import Evaluator, WeightParams
 from depthc.ir.masks.masks import masks_of
-from depthc.ir.precision import widen
 from depthc.ir.program import Block, Call, Loop, Op, Program, Segment, Stack
 from depthc.ir.rows.run import run_rows
 

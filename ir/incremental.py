@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from depthc.ir import sizes
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.body import Body
+from depthc.ir.continuation import extended
 from depthc.ir.errors import IncrementalError, InputError, SubsetError
 from depthc.ir.evaluate import Evaluator, WeightParams, indexed
 from depthc.ir.masks.masks import masks_of
@@ -99,43 +99,8 @@ def step(program: Program, past: Past, args: Sequence[Any], kwargs: Mapping[str,
                 found=name,
                 remedy="pass it to start() alone",
             )
-        arguments[name] = _extended(arguments[name], value, plan.growing[name])
+        arguments[name] = extended(arguments[name], value, plan.growing[name])
     return _advance(program, plan, replace(past, arguments=arguments))
-
-
-def _extended(old: Any, new: Any, dims: Sequence[tuple[int, ...]]) -> Any:
-    """The leaves of an argument with the new tokens behind the old ones."""
-    leaves, spec = pytree.tree_flatten(old)
-    more = pytree.tree_leaves(new)
-    if len(more) != len(leaves):
-        _no_continuation(f"{len(leaves)} values", f"{len(more)}")
-    return pytree.tree_unflatten([_append(a, b, where) for a, b, where in zip(leaves, more, dims, strict=True)], spec)
-
-
-def _append(old: Any, new: Any, dims: tuple[int, ...]) -> Any:
-    if not dims:
-        return old
-    same = isinstance(new, Tensor) and new.dtype == old.dtype and new.dim() == old.dim()
-    if not same or any(new.shape[d] != old.shape[d] for d in range(old.dim()) if d not in dims):
-        _no_continuation(f"{old.dtype}{list(old.shape)} but for dimension {dims[0]}", _shown(new))
-    for dim in dims[1:]:  # new columns of old rows are never read
-        if new.shape[dim] > old.shape[dim]:
-            size = [*old.shape[:dim], new.shape[dim] - old.shape[dim], *old.shape[dim + 1 :]]
-            old = torch.cat([old, old.new_zeros(size)], dim)
-    return torch.cat([old, new], dims[0])
-
-
-def _no_continuation(expected: str, found: str) -> NoReturn:
-    raise InputError(
-        "a new part of an argument does not continue the old one",
-        expected=expected,
-        found=found,
-        remedy="pass the new tokens of the same batch",
-    )
-
-
-def _shown(value: Any) -> str:
-    return f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 Size = int | str
 
-_OPERATORS: dict[type, Callable[..., Any]] = {
+OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -36,7 +36,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"max": max, "min": min}
 _POSTFIX: dict[str, tuple[Callable[..., Any], int]] = {
     **{
         f"{op.__name__}/{1 if issubclass(op, ast.unaryop) else 2}": (f, 1 if issubclass(op, ast.unaryop) else 2)
-        for op, f in _OPERATORS.items()
+        for op, f in OPERATORS.items()
     },
     **{f"{name}/2": (function, 2) for name, function in _FUNCTIONS.items()},
     "And/2": (lambda a, b: bool(a and b), 2),
@@ -58,7 +58,7 @@ def read(text: str) -> ast.expr:
     tree = ast.parse(text, mode="eval").body
     for node in ast.walk(tree):
         allowed = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Name, ast.Load, ast.boolop)
-        known = isinstance(node, allowed) or type(node) in _OPERATORS
+        known = isinstance(node, allowed) or type(node) in OPERATORS
         number = isinstance(node, ast.Constant) and isinstance(node.value, int)
         call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
         if not (known or number or call):

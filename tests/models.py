@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+import depthc
 from depthc.ir.evaluate import Evaluator, WeightParams
 from depthc.ir.program import Call, Program, Segment
 from depthc.ir.signature import device_of
@@ -276,6 +277,13 @@ def outputs(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     torch.manual_seed(3)
     with torch.no_grad():
         return run(*args, **kwargs)
+
+
+def captured(model: nn.Module, *args: Any, **kwargs: Any) -> Program:
+    """A program that equals its model on the example."""
+    program = depthc.capture(model, args, kwargs)
+    assert_same(outputs(program.run, *args, **kwargs), outputs(model, *args, **kwargs))
+    return program
 
 
 def gradients(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor | None]]:

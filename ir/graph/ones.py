@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from depthc.ir import sizes
 from depthc.ir.signature import Leaf, unbind
 
 # Attributes, and what returns the same numbers: to expand 1 to 1 is to do nothing, and is often left out.
@@ -31,22 +32,13 @@ def takes_ones(
 
     A number that follows the size must do so evenly: its steps from 1 to 2 and from 2 to 3 are equal.
     """
-    if any(size in names_of(leaf) and size not in _plain(leaf) for leaf in inputs):
-        return False  # part of an expression: there is no example with 1
-    runs = [_calls(model, parameters, bound, inputs, size, value) for value in (1, 2, 3)]
-    one, two, three = runs
+    dims = {dim for leaf in inputs if leaf.type for dim in leaf.type.shape if isinstance(dim, str)} - {size}
+    if any(size in sizes.names(sizes.read(dim)) for dim in dims):
+        return False  # part of an expression: there may be no example with 1
+    one, two, three = (_calls(model, parameters, bound, inputs, size, value) for value in (1, 2, 3))
     if one is None or two is None or three is None or not len(one) == len(two) == len(three):
         return False
     return all(map(_even, one, two, three))
-
-
-def names_of(leaf: Leaf) -> set[str]:
-    """The size names in the type of an argument."""
-    return leaf.type.size_names() if leaf.type else set()
-
-
-def _plain(leaf: Leaf) -> list[Any]:
-    return [s for s in leaf.type.shape if s in names_of(leaf)] if leaf.type else []
 
 
 def _even(one: Any, two: Any, three: Any) -> bool:
@@ -64,7 +56,8 @@ def _calls(
 ) -> list[Any] | None:
     """The functions that a forward calls and their arguments that are not tensors; None if it fails."""
     leaves, tree = pytree.tree_flatten(dict(bound))
-    with _silent(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Recorder() as recorder:
+    without_data = FakeTensorMode(allow_non_fake_inputs=True)
+    with _silent(), _unchanged(model), torch.no_grad(), without_data, _Recorder() as recorder:
         try:
             sized = [_sized(v, leaf, size, value) for v, leaf in zip(leaves, inputs, strict=True)]
             args, kwargs = unbind(parameters, pytree.tree_unflatten(sized, tree))
@@ -73,6 +66,21 @@ def _calls(
         except Exception:  # whatever the reason, nothing is known then
             return None
     return recorder.calls
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """What modules keep for later calls (tables, say) has no data here, and must not stay."""
+    before = [(vars(module), dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    buffers = [module._buffers for module in model.modules()]
+    try:
+        yield
+    finally:
+        for (attributes, saved, saved_buffers), own in zip(before, buffers, strict=True):
+            attributes.clear()
+            attributes.update(saved)
+            own.clear()
+            own.update(saved_buffers)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ast
-import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import chain, count
 from typing import Any
 
@@ -19,15 +18,6 @@ from depthc.ir.sizes import Size
 
 aten = torch.ops.aten
 
-_SIZE_OPERATORS: dict[type, Callable[..., Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-    ast.USub: operator.neg,
-}
 _SIZE_FUNCTIONS = {"max": torch.sym_max, "min": torch.sym_min}
 
 
@@ -65,9 +55,9 @@ class SizeEmitter:
             case ast.Name(id=name):
                 return call(aten.sym_size.int, self.known[name])
             case ast.BinOp(left=left, op=op, right=right):
-                return call(_SIZE_OPERATORS[type(op)], (self._emit(left), self._emit(right)))
+                return call(sizes.OPERATORS[type(op)], (self._emit(left), self._emit(right)))
             case ast.UnaryOp(op=op, operand=operand):
-                return call(_SIZE_OPERATORS[type(op)], (self._emit(operand),))
+                return call(sizes.OPERATORS[type(op)], (self._emit(operand),))
             case ast.Call(func=ast.Name(id=name), args=[first, *rest]):
                 result = self._emit(first)
                 for other in rest:

@@ -6,12 +6,11 @@ in fp64 stalls at 1e-8. A widened body has every floating dtype raised, in its o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.node import map_aggregate
 
 from depthc.ir.body import Body
@@ -38,11 +37,6 @@ def widen(body: Body) -> Body:
             wide = replace(type, dtype=_WIDE.get(type.dtype, type.dtype))
             copy.meta["input"] = replace(node.meta["input"], type=wide)
     return Body(graph)
-
-
-def widen_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The same tensors with every floating dtype raised to fp64."""
-    return [t.to(_WIDE.get(t.dtype, t.dtype)) for t in tensors]
 
 
 def _wide_dtype(value: Any) -> Any:
