@@ -117,11 +117,15 @@ def _close(
         for d, size in enumerate(shape):
             if isinstance(size, str):
                 places.setdefault(size, (copy, d))
+    device = body.placeholder("device")
+    device.meta["input"] = Input("device", "env")
     emit = SizeEmitter(body, places)
 
     def argument(value: Any) -> Any:
         if isinstance(value, fx.Node):
             return copies[value]
+        if isinstance(value, torch.device):
+            return device
         return emit.emit(_size(value)) if type(value) is int else value
 
     for node in graph.nodes:
@@ -130,6 +134,8 @@ def _close(
             copies[node] = body.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
             copies[node].meta["source"] = source_of(node)
     body.output((copies[result],))
+    if not device.users:
+        body.erase_node(device)
     sides = [known[n][0] for n in read if known[n][2] == "value"]
     assert sides[0] == "h"
     return Case(Block("block", Body(body)), [known[n][1] for n in read if known[n][2] == "param"], sides[1:], layer)
@@ -223,11 +229,6 @@ def memory_keys_by_hand(layer: Attention, x: Tensor, q: Tensor, k: Tensor, v: Te
     return torch.softmax(scores(q, torch.cat([k, extra], 2), wide), -1) @ torch.cat([v, extra], 2)
 
 
-def centred(layer: Attention, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    s = q @ k.transpose(-1, -2)
-    return torch.softmax((s - s.mean(-1, keepdim=True)) * ROOT + mask, -1) @ v
-
-
 def sinks(layer: Attention, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     column = layer.talk[0].reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
     s = torch.cat([scores(q, k, mask), column], -1)
@@ -278,7 +279,7 @@ MIXES: dict[str, Mix] = {
         fn.__name__: fn
         for fn in (transposed, by_hand, sigmoid, rectified, differential, key_bias, memory_keys, memory_keys_by_hand)
     },
-    **{fn.__name__: fn for fn in (centred, sinks, softcapped, heads_in_batch, einsum, additive, two_hops, gqa)},
+    **{fn.__name__: fn for fn in (sinks, softcapped, heads_in_batch, einsum, additive, two_hops, gqa)},
 }
 
 
@@ -389,6 +390,9 @@ class Tokenwise(Attention):
         dense = torch.zeros_like(self.router(h)).scatter(-1, which, top)
         h = h + torch.einsum("bse,bsef->bsf", dense, torch.einsum("bsd,edf->bsef", h, self.experts))
         h = h * (1 + place.to(h.dtype)[:, None] * 0.01)
+        h = h + torch.frexp(h)[0] + torch.movedim(h, 1, 2).mT * F.normalize(h, dim=-1)
+        h = h - torch.std_mean(h.unflatten(-1, (2, -1)), -1, keepdim=True)[1].expand(-1, -1, -1, 8).flatten(2)
+        h = h + h.narrow(-1, 8, 8).repeat(1, 1, 2)
         groups = F.group_norm(h.reshape(b * s, WIDTH), 4).view(b, s, WIDTH)
         return groups + F.rms_norm(h.transpose(0, 1), (WIDTH,)).transpose(0, 1)
 
@@ -508,6 +512,88 @@ def triangle(layer: Mixer, x: Tensor) -> Tensor:
     return merged((q @ q.transpose(-1, -2)).tril() @ q)
 
 
+def ranks(layer: Mixer, x: Tensor) -> Tensor:
+    """How many tokens score less: the place of a token in the order, used as a number."""
+    order = layer.router(x)[..., 0].flatten().argsort()
+    return order.argsort().unsqueeze(-1).expand(-1, 2).unbind(-1)[1].view(x.shape[:2]).unsqueeze(-1) * x
+
+
+def ranks_by_lookup(layer: Mixer, x: Tensor) -> Tensor:
+    order = layer.router(x)[..., 0].flatten().argsort()
+    return order[order.argsort()].to(x.dtype).view(x.shape[:2]).unsqueeze(-1) * x
+
+
+def sorted_choices(layer: Mixer, x: Tensor) -> Tensor:
+    """Half of the places of a sort are sorted again: they are no permutation."""
+    rows = x.reshape(-1, WIDTH)
+    order = layer.router(rows)[:, :2].flatten().argsort() // 2
+    return rows[order][order.argsort()].view(x.shape[0], x.shape[1], 2, WIDTH).sum(2)
+
+
+def in_sorted_order(layer: Mixer, x: Tensor) -> Tensor:
+    rows = x.reshape(-1, WIDTH)
+    order = layer.router(rows)[:, 0].argsort()
+    rows = rows[order] * torch.arange(rows.shape[0], device=x.device)[:, None]
+    return rows[order.argsort()].view(x.shape)
+
+
+def grouped(layer: Mixer, x: Tensor, *, descending: bool = False, other: bool = False, sums: int = 1) -> Tensor:
+    """A grouped product, its groups counted by histogram; right as it stands."""
+    scores = layer.router(x.reshape(-1, WIDTH))
+    chosen = scores.argmax(-1)
+    order = chosen.argsort(descending=descending)
+    counted = scores.argmin(-1) if other else chosen[order]
+    ends = torch.histc(counted.float(), 4, 0, 3)
+    for _ in range(sums):
+        ends = ends.cumsum(0, dtype=torch.int32)
+    experts = layer.latents[0, :1, :4, :1, None].expand(1, 4, WIDTH, WIDTH)[0]
+    rows = torch._grouped_mm(x.reshape(-1, WIDTH)[order].bfloat16(), experts.bfloat16(), offs=ends.int())
+    return rows.to(x.dtype)[order.argsort()].view(x.shape)
+
+
+def first_gathered(layer: Mixer, x: Tensor) -> Tensor:
+    return x.gather(2, torch.zeros_like(x[..., :1], dtype=torch.long).expand_as(x)[:, :1])
+
+
+def gathered_from_longer(layer: Mixer, x: Tensor) -> Tensor:
+    index = torch.zeros(x.shape[0], 1, WIDTH, dtype=torch.long, device=x.device)
+    return x.gather(2, index)
+
+
+def scattered_ahead(layer: Mixer, x: Tensor) -> Tensor:
+    index = torch.arange(WIDTH, device=x.device).expand(x.shape[0], x.shape[1], WIDTH)
+    wide = torch.zeros(x.shape[0], x.shape[1] + 2, WIDTH, dtype=x.dtype, device=x.device)
+    return wide.scatter(2, index, x)[:, 2:]
+
+
+def histogram(layer: Mixer, x: Tensor) -> Tensor:
+    chosen = layer.router(x).argmax(-1).flatten()
+    ones = torch.ones(1, dtype=x.dtype, device=x.device)
+    return x * torch.zeros(4, dtype=x.dtype, device=x.device).index_put((chosen,), ones, accumulate=True).sum()
+
+
+def more_queries(layer: Mixer, x: Tensor) -> Tensor:
+    k = layer.heads(x)
+    q = torch.cat([layer.latents[:, :, :3].expand(x.shape[0], -1, -1, -1), k], 2)
+    return merged(F.scaled_dot_product_attention(q, k, k, is_causal=True)[:, :, 3:])
+
+
+def centred(layer: Mixer, x: Tensor) -> Tensor:
+    q = layer.heads(x)
+    s = q @ q.transpose(-1, -2)
+    return merged(torch.softmax(s - s.mean(-1).unsqueeze(-2), -1) @ q)
+
+
+def largest_key(layer: Mixer, x: Tensor) -> Tensor:
+    q = layer.heads(x)
+    return x * (q @ q.transpose(-1, -2)).max(-1).indices.sum(1).unsqueeze(-1)
+
+
+def largest_score(layer: Mixer, x: Tensor) -> Tensor:
+    q = layer.heads(x)
+    return x * (q @ q.transpose(-1, -2)).amax(-1).sum(1).unsqueeze(-1)
+
+
 # Each with the op that must be named, and the axis.
 ILLEGAL: dict[str, tuple[Callable[[Mixer, Tensor], Tensor], str, str]] = {
     "mean_of_tokens": (lambda m, x: x.mean(1, keepdim=True), "mean", "token"),
@@ -551,13 +637,30 @@ ILLEGAL: dict[str, tuple[Callable[[Mixer, Tensor], Tensor], str, str]] = {
     "capacity": (capacity, "cumsum", "token"),
     "pooled": (pooled, "scaled_dot_product_attention", "token"),
     "expert_choice": (expert_choice, "topk", "token"),
-    "unnormalised_mean": (unnormalised_mean, "sigmoid", "key"),
+    "unnormalised_mean": (unnormalised_mean, "mean", "key"),
     "group_norm": (lambda m, x: F.group_norm(x.transpose(1, 2), 4).transpose(1, 2), "group_norm", "token"),
     "norm_of_tokens": (lambda m, x: F.layer_norm(x, x.shape[1:]), "layer_norm", "token"),
     "sorted": (sorted_features, "view|reshape", "sorted"),
     "counted": (counted, "to|mul|sum|_to_copy", "token"),
     "top_keys": (top_keys, "topk", "key"),
     "triangle": (triangle, "tril", "token|key"),
+    "ranks": (ranks, "mul", "token"),
+    "ranks_by_lookup": (ranks_by_lookup, "mul", "token"),
+    "sorted_choices": (sorted_choices, "argsort", "token"),
+    "in_sorted_order": (in_sorted_order, "mul", "token"),
+    "groups_descend": (lambda m, x: grouped(m, x, descending=True), "grouped_mm", "token"),
+    "groups_of_others": (lambda m, x: grouped(m, x, other=True), "grouped_mm", "token"),
+    "groups_summed_twice": (lambda m, x: grouped(m, x, sums=2), "grouped_mm", "token"),
+    "first_gathered": (first_gathered, "slice|gather", "token"),
+    "gathered_from_longer": (gathered_from_longer, "gather", "token"),
+    "scattered_ahead": (scattered_ahead, "scatter", "token"),
+    "histogram": (histogram, "index_put", "batch"),
+    "more_queries": (more_queries, "scaled_dot_product_attention", "key"),
+    "centred": (centred, "mean", "key"),
+    "largest_key": (largest_key, "max", "key"),
+    "largest_score": (largest_score, "matmul", "key"),
+    "slope_by_place": (lambda m, x: F.prelu(x, torch.arange(x.shape[1], device=x.device).to(x)), "prelu", "token"),
+    "bits": (lambda m, x: x.mT.contiguous().view(torch.float32)[..., ::2].mT.to(x.dtype), "view", "batch"),
 }
 
 
@@ -568,6 +671,7 @@ def legal_cases() -> dict[str, Case]:
     layers: dict[str, nn.Module] = {name: Attention(mix) for name, mix in MIXES.items()}
     layers |= {"causal_flag": Attention(causal_flag), "rotary": Rotary(), "disentangled": Disentangled()}
     layers |= {"cross": Cross(True), "cross_by_hand": Cross(False), "tokenwise": Tokenwise()}
+    layers |= {"grouped": Mixer(grouped)}
     layers |= {"latent": Latent(), "sorted_back": Sorted("sort"), "sorted_add": Sorted("add"), "looped": Looped()}
     return block_cases(layers)
 
@@ -583,5 +687,5 @@ def illegal_cases() -> dict[str, Case]:
 LEGAL = (
     *MIXES,
     *("causal_flag", "rotary", "disentangled", "cross", "cross_by_hand", "latent"),
-    *("tokenwise", "sorted_back", "sorted_add", "looped"),
+    *("tokenwise", "sorted_back", "sorted_add", "looped", "grouped"),
 )

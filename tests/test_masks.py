@@ -40,6 +40,23 @@ def filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.softmax((q @ k.transpose(-1, -2)).masked_fill(~mask, -1e9), -1) @ v
 
 
+def masked_late(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The softmax sees all keys."""
+    return (torch.softmax(q @ k.transpose(-1, -2), -1) * mask) @ v
+
+
+def scaled_by_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The weights are of the allowed keys, a factor on the result of all."""
+    scores = q @ k.transpose(-1, -2)
+    weights = torch.softmax(scores.masked_fill(~mask, -1e9), -1)
+    return weights @ v * torch.sigmoid(scores.logsumexp(-1, keepdim=True))
+
+
+def summed_by_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    weights = torch.exp(q @ k.transpose(-1, -2))
+    return (weights * mask) @ v / weights.sum(-1, keepdim=True)
+
+
 class Layer(nn.Module):
     """A pre-norm attention layer; `own` makes a mask inside the layer."""
 
@@ -112,6 +129,12 @@ BOOL_MASKS: dict[str, MaskFunction] = {
     "causal & chunk(16)": chunked,
     "tensor ": lambda x: (ahead(x) % 3 == 0) & causal(x),
 }
+
+
+@pytest.mark.parametrize("attend", [masked_late, scaled_by_all, summed_by_all])
+def test_every_op_over_the_keys_is_asked(attend: Callable[..., Tensor]) -> None:
+    """What reads later keys is not causal, though the weights are zero there."""
+    assert found([causal, causal], attend=attend) == ["full"] * 2
 
 
 def test_masks_of_sizes_alone() -> None:

@@ -222,6 +222,7 @@ def _convolution(flow: Inference, node: fx.Node) -> Label:
         keep_out(label, "convolution without a batch dimension along")
         return fresh_label(flow, node)
     keep_out(label[1:2], "convolution has parameters along")
+    keep_out([dim for i in (1, 2) for dim in flow.optional(node, i) or ()], "convolution with a weight made of")
     dims = [label[0], flow.fresh(node, 1, shape[1])]
     for d, width in enumerate(kernel, 2):
         pointwise = width == 1 and shape[d] == size_of(label[d])
@@ -258,8 +259,8 @@ def _attention(flow: Inference, node: fx.Node) -> Label:
         _mask(flow, node, mask, (*rows, q[-2], keys))
     if queries and node in flow.moving:
         flow.fused.add(node)
-        if argument(node, 5, "is_causal", False) and keys and keys[0].extended:
-            raise Refuse("key", "is_causal with keys that are not tokens", "pass a mask")
+        if argument(node, 5, "is_causal", False) and any(a.extended for dim in (keys, q[-2]) for a in dim):
+            raise Refuse("key", "is_causal with queries or keys that are not tokens", "pass a mask")
     return (*rows, q[-2], v[-1])
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from depthc.ir.axes.facts import Count
 from depthc.ir.axes.labels import Atom, Dim, Label, kinds_in, resolve, size_of
 from depthc.ir.axes.ops import argument, dim_argument, op_name
 from depthc.ir.axes.reductions import along
@@ -36,15 +37,21 @@ def _sort(flow: Inference, node: fx.Node) -> Any:
     label = flow.label(source)
     if len(label) != 1 or not kinds_in(label) & {"token", "sorted"}:
         return along(flow, node)
-    points = flow.facts.points.get(source)
-    if points is not None and kinds_in([points]) == {"sorted"}:
-        raise Refuse("token", "sorts positions twice")
+    facts, points = flow.facts, flow.facts.points.get(source)
+    if points is not None and (source not in facts.permutations or kinds_in([points]) == {"sorted"}):
+        raise Refuse("token", "sorts positions that are not those of a first sort")
     # Sorting a permutation inverts it; anything else makes a new order.
     made = _sorted_axis(flow, node, label[0]) if points is None else points
+    if points is None and not argument(node, 2, "descending", False):
+        flow.ascending[made[0]] = facts.multiset(source)
+    elif points is not None and argument(node, 2, "descending", False):
+        raise Refuse("token", "sorts positions in descending order")
     if op_name(node) == "argsort":
-        flow.facts.points[node] = label[0]
+        facts.points[node] = label[0]
+        facts.permutations.add(node)
         return (made,)
-    flow.facts.parts[node, 1] = label[0]
+    facts.parts[node, 1] = label[0]
+    facts.permutations.add((node, 1))
     return [(made,), (made,)]
 
 
@@ -69,25 +76,34 @@ def _divide(flow: Inference, node: fx.Node) -> Any:
 def _grouped(flow: Inference, node: fx.Node) -> Label:
     """Rows in groups, each group times a matrix of its own."""
     x, weight = flow.optional(node, 0), flow.optional(node, 1)
-    offsets = argument(node, 2, "offs")
-    if x is None or weight is None or len(x) != 2 or len(weight) != 3 or offsets not in flow.facts.counts:
+    count = flow.facts.counts.get(argument(node, 2, "offs"))
+    if x is None or weight is None or len(x) != 2 or len(weight) != 3 or count is None:
         keep_out(x or (), "grouped matmul without offsets that count tokens, along")
         return fresh_label(flow, node)
-    keep_out([x[1]], "grouped matmul sums over")
+    keep_out([x[1], *weight], "grouped matmul sums over")
     flow.unify(x[1], weight[1])
-    if "sorted" not in kinds_in([x[0]]):
-        raise Refuse("token", "rows of a grouped matmul are not sorted by group")
+    if len(x[0]) != 1 or flow.ascending.get(x[0][0]) is not count.chosen or count.sums != 1:
+        raise Refuse("token", "the offsets of a grouped matmul are not the ends of its rows' groups")
     return (x[0], weight[2])
 
 
 @rule("histc", "bincount")
 def _count(flow: Inference, node: fx.Node) -> Label:
     label = flow.operand(node, 0)
-    if kinds_in(label) & {"token", "sorted"}:
-        flow.facts.counts.add(node)
+    source: Any = node.args[0]
+    if kinds_in(label) & {"token", "sorted"} and _one_bin_a_number(node):
+        flow.facts.counts[node] = Count(flow.facts.multiset(source))
     else:
         keep_out(label, f"{op_name(node)} over")
     return fresh_label(flow, node)
+
+
+def _one_bin_a_number(node: fx.Node) -> bool:
+    """Whether the bins of a histogram are 0, 1, 2, ..."""
+    if op_name(node) == "bincount":
+        return argument(node, 1, "weights") is None
+    bins, low, high = (argument(node, i, name) for i, name in ((1, "bins"), (2, "min"), (3, "max")))
+    return isinstance(bins, int) and low in (None, 0) and high == bins - 1
 
 
 @rule("one_hot")
@@ -154,24 +170,32 @@ def _broadcast(flow: Inference, a: list[Dim], b: list[Dim]) -> list[Dim]:
     return [flow.unify(x, y) for x, y in zip(a, b, strict=True)]
 
 
-@rule("gather", "take_along_dim")
+@rule("gather")
 def _gather(flow: Inference, node: fx.Node) -> Label:
     """Along a free axis; the index may have keys there: relative positions looked up for every key."""
     source, index = flow.operand(node, 0), flow.operand(node, 2)
     d = dim_argument(node, 1, len(source))
     keep_out([source[d]], "gathers along")
+    _same_extent(node, d, source, index)
     if node in flow.flips:
         source = tuple(flow.in_role(dim, "key") for dim in source)
         flow.entries.add(node)
         flow.record(node, (0, -1), source)
     dims = list(index)
     for i, (a, b) in enumerate(zip(source, index, strict=True)):
-        if i != d and (size_of(a) == size_of(b) or not b):
+        if i != d:
             dims[i] = flow.unify(a, b) if node.args[2] in flow.moving else a
     if node.args[2] not in flow.moving and size_of(dims[d]) == flow.token.size:
         dims[d] = flow.fresh(node, "looked up", flow.token.size)  # tokens or keys, which is seen later
     flow.record(node, (2, -1), tuple(dims))
     return tuple(dims)
+
+
+def _same_extent(node: fx.Node, d: int, one: Label, other: Label) -> None:
+    """Both span all of every dimension but `d`: a shorter one would name the first entries, not broadcast."""
+    for i, pair in enumerate(zip(one, other, strict=True)):
+        if i != d and size_of(pair[0]) != size_of(pair[1]):
+            keep_out(pair, f"{op_name(node)} takes the first entries of")
 
 
 @rule("scatter", "scatter_add", "scatter_reduce")
@@ -183,6 +207,7 @@ def _scatter(flow: Inference, node: fx.Node) -> Label:
         if other is None:
             continue
         keep_out([label[d], other[d]], f"{op_name(node)} along")
+        _same_extent(node, d, label, other)
         pairs = enumerate(zip(label, other, strict=True))
         label = tuple(flow.unify(a, b) if i != d and size_of(a) == size_of(b) else a for i, (a, b) in pairs)
     flow.record(node, (0, -1), label)
@@ -214,7 +239,8 @@ def _index_put(flow: Inference, node: fx.Node) -> Label:
     index: Any = indices[0]
     points = flow.facts.points.get(index) if isinstance(index, fx.Node) else None
     if points is None or len(indices) > 1:
-        keep_out([*label, *values], "index_put along")
+        used = [flow.label(n) for n in indices if n is not None]
+        keep_out([*label, *values, *(dim for found in used for dim in found)], "index_put along")
         return label
     target: Any = node.args[0]
     label = (flow.unify(label[0], points), *label[1:])
@@ -227,6 +253,8 @@ def _index_put(flow: Inference, node: fx.Node) -> Label:
         flow.iotas.add((node, (2, -1)))
         flow.record(node, (2, -1), (axis,))
         flow.facts.points[node] = axis
+        if index in flow.facts.permutations:
+            flow.facts.permutations.add(node)
         return label
     flow.unify(values[0], axis)
     for a, b in zip(label[1:], values[1:], strict=True):

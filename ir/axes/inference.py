@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from depthc.ir.axes import contractions, dispatch, layout, reductions, rules
 from depthc.ir.axes.facts import Facts
 from depthc.ir.axes.labels import Atom, Conflict, Dim, Label, SplitAxis, Unifier, kinds_in, label_text, resolve, size_of
-from depthc.ir.axes.ops import Slot, is_tensor, operands
+from depthc.ir.axes.ops import FILLS, Slot, is_tensor, op_name, operands
 from depthc.ir.axes.probe import Probe
 from depthc.ir.axes.rules import Edge, Refusal
 from depthc.ir.body import Body
@@ -38,6 +38,7 @@ class Inference:
         self.fused: set[fx.Node] = set()
         self.iotas: set[tuple[fx.Node, Slot]] = set()
         self.sorted_axes: dict[fx.Node, Atom] = {}
+        self.ascending: dict[Atom, fx.Node] = {}  # by what values an axis was sorted, if they ascend on it
         self._fresh: dict[tuple[fx.Node, Any, int], Atom] = {}
         self._extended: dict[Any, Atom] = {}
         carries = self.body.placeholders_of("value")[: block.carries]
@@ -74,6 +75,7 @@ class Inference:
             self.facts = Facts()
             for node in self.body.nodes:
                 self._visit(node)
+            self._check_scores()
             self._check_results()
             if self.unifier.bound == before:
                 return
@@ -93,15 +95,21 @@ class Inference:
         self.labels[node] = label
 
     def _check_side_reads(self, node: fx.Node) -> None:
-        """Rows gathered from a side input differ along the batch, so the op must have room for a batch dimension."""
-        if node not in self.moving or self.batch.size == 1:
+        """Rows gathered from a side input differ along the batch, so the op must have room for a batch dimension.
+
+        None is in sorted order, but fills.
+        """
+        if node not in self.moving:
             return
         for slot, source in operands(node):
             if source in self.moving or not isinstance(self.labels.get(source), tuple):
                 continue
             edge = self.edges.get((node, slot)) or Edge(self.label(source), ())
             kinds = kinds_in(map(resolve, edge.label))
-            if kinds & {"token", "key"} and "batch" not in kinds | kinds_in(map(resolve, edge.space)):
+            if "sorted" in kinds and (node, slot) not in self.iotas and op_name(source) not in FILLS:
+                raise rules.Refuse("token", "a side input is read in sorted order")
+            around = kinds | kinds_in(map(resolve, edge.space))
+            if self.batch.size > 1 and kinds & {"token", "key"} and "batch" not in around:
                 raise rules.Refuse("token", "a side input read by position has no batch dimension here", rules.STATIC)
 
     def _after_refusal(self, node: fx.Node, error: Exception) -> Any:
@@ -124,6 +132,21 @@ class Inference:
                 known = [k for k in known if not set(k) & set(match)]
             dims.append(self.fresh(node, ("guess", slot, d), size) if match is None else match)
         return tuple(dims)
+
+    def _check_scores(self) -> None:
+        """Scores are for sums over keys: what else is made of them is no attention."""
+        for entry in self.entries - self.refusals.keys():
+            seen, stack = {entry}, [entry]
+            while stack:
+                node = stack.pop()
+                label = self.labels[node]
+                keyed = isinstance(label, list) or "key" in kinds_in(self.label(node))
+                following = {u for u in node.users if keyed and u in self.moving and u in self.labels} - seen
+                seen |= following
+                stack.extend(following)
+            if seen.isdisjoint(self.exits | self.fused | self.refusals.keys()):
+                reason, source = "no sum over the keys ends its scores", entry.meta.get("source", "")
+                self.refusals[entry] = Refusal(str(entry.target), "key", reason, rules.SPANS, source, entry)
 
     def _check_results(self) -> None:
         if not self._seeded:

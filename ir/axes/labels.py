@@ -161,6 +161,9 @@ class Unifier:
         return result
 
     def _group(self, atoms: list[Atom], sizes: list[int]) -> list[Dim | int]:
+        if size_of(tuple(atoms)) != prod(sizes):
+            _keep_whole(atoms)
+            return list(sizes)
         if len(sizes) == 1:
             return [tuple(atoms)]
         result: list[Dim | int] = []
@@ -173,14 +176,18 @@ class Unifier:
                     atom, rest = self.split(atom, size)
                     left.insert(0, rest)
                 if size % atom.size:
-                    fixed = next((a for a in atoms if a.kind != "free"), None)
-                    if fixed is not None:
-                        raise SplitAxis(fixed)
+                    _keep_whole(atoms)
                     return list(sizes)
                 dim.append(atom)
                 size //= atom.size
             result.append(tuple(dim))
         return result
+
+
+def _keep_whole(atoms: Iterable[Atom]) -> None:
+    fixed = next((a for a in atoms if a.kind != "free"), None)
+    if fixed is not None:
+        raise SplitAxis(fixed)
 
 
 def _aligned(atoms: list[Atom], shape: Sequence[int]) -> Iterable[tuple[list[Atom], list[int]]]:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from depthc.ir.axes.labels import Dim, Label, kinds_in, size_of
-from depthc.ir.axes.ops import argument, dim_argument, dims_of, op_name
+from depthc.ir.axes.ops import Slot, argument, dim_argument, dims_of, op_name
 from depthc.ir.axes.rules import align, fresh_label, keep_out, rule
 
 if TYPE_CHECKING:
     from depthc.ir.axes.inference import Inference
 
 
-@rule("view", "view_copy", "flatten", "unflatten")
+@rule("view", "flatten", "unflatten")
 def _view(flow: Inference, node: fx.Node) -> Label:
+    if isinstance(argument(node, 1, "dtype"), torch.dtype):
+        keep_out(flow.operand(node, 0), "reads other numbers in the bits along")
+        return fresh_label(flow, node)
     dims = flow.unifier.redistribute(flow.operand(node, 0), flow.probe.shape(node))
     return tuple(flow.fresh(node, d, dim) if isinstance(dim, int) else dim for d, dim in enumerate(dims))
+
+
+@rule("expand_as")
+def _expand_as(flow: Inference, node: fx.Node) -> Label:
+    operands: list[tuple[Slot, fx.Node]] = [((i, -1), n) for i, n in enumerate(node.all_input_nodes)]
+    return align(flow, node, operands)
 
 
 @rule("expand")
@@ -37,24 +47,16 @@ def _repeat(flow: Inference, node: fx.Node) -> Label:
     return tuple(dims)
 
 
-@rule("transpose", "t", "permute", "mT", "numpy_T")
+@rule("transpose", "t", "permute", "mT", "movedim", "moveaxis", "numpy_T")
 def _permute(flow: Inference, node: fx.Node) -> Label:
     label = flow.operand(node, 0)
-    if op_name(node) == "numpy_T" and len(label) > 2:
-        keep_out(label, "reverses all dimensions, among them")
     return tuple(label[d] for d in order_of(node, len(label)))
 
 
 def order_of(node: fx.Node, rank: int) -> list[int]:
-    """The dimensions of the operand in the order of the result."""
-    order = list(range(rank))
-    if op_name(node) == "permute":
-        return dims_of(node.args[1], rank)
-    swapped: Any = node.args[1:3] if op_name(node) == "transpose" else (-1, -2)
-    if rank > 1:
-        a, b = swapped
-        order[a], order[b] = order[b], order[a]
-    return order
+    """The dimensions of the operand in the order of the result: seen on a tensor whose sizes are all different."""
+    moved = node.target(torch.empty(tuple(range(rank)), device="meta"), *node.args[1:])  # type: ignore[operator]
+    return list(moved.shape)
 
 
 @rule("unsqueeze")
@@ -71,7 +73,15 @@ def _squeeze(flow: Inference, node: fx.Node) -> Label:
     return tuple(dim for d, dim in enumerate(label) if d not in dims or dim)
 
 
-@rule("slice", "narrow")
+@rule("narrow")
+def _narrow(flow: Inference, node: fx.Node) -> Label:
+    label = flow.operand(node, 0)
+    d = dim_argument(node, 1, len(label))
+    keep_out([label[d]], "takes a part of")
+    return (*label[:d], flow.fresh(node, d, flow.probe.shape(node)[d]), *label[d + 1 :])
+
+
+@rule("slice")
 def _slice(flow: Inference, node: fx.Node) -> Label:
     label = list(flow.operand(node, 0))
     d = dim_argument(node, 1, len(label), 0)
@@ -221,4 +231,7 @@ def _creation(flow: Inference, node: fx.Node) -> Label:
 
 @rule("prelu")
 def _prelu(flow: Inference, node: fx.Node) -> Label:
-    return flow.operand(node, 0)
+    label, weight = flow.operand(node, 0), flow.operand(node, 1)
+    if any(weight):
+        keep_out(label[1:2], "prelu has parameters along")
+    return label

@@ -34,7 +34,6 @@ _ALIASES = {
     "swapaxes": "transpose",
     "swapdims": "transpose",
     "_to_copy": "to",
-    "new_full": "full",
     "transformers::grouped_mm_fallback": "grouped_mm",
     "_grouped_mm": "grouped_mm",
 }
@@ -49,6 +48,8 @@ _POINTWISE = frozenset(
     less less_equal log_sigmoid masked_fill native_dropout negative not_equal polar rand_like randn_like real relu_
     resolve_conj resolve_neg rrelu_with_noise rsub selu softplus to type_as where isclose is_nonzero""".split()
 )
+# Ops that make a tensor of any shape in which all rows are alike.
+FILLS = frozenset({"full", "zeros", "ones", "empty"})
 _NO_TAGS = {"rms_norm", "layer_norm"}
 
 

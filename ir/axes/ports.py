@@ -70,8 +70,8 @@ def ports_of(block: Block) -> tuple[Port, ...]:
     return once(block, "ports", lambda: tuple(_Port(axes, *found).port() for found in _Regions(axes).find()))
 
 
-def _holds(label: Iterable[Dim], axis: Atom) -> bool:
-    """Whether a dimension is the axis, or the keys with something concatenated."""
+def holds(label: Iterable[Dim], axis: Atom) -> bool:
+    """Whether a dimension is a key axis, or the keys with something concatenated."""
     return any(a is axis or a.kind == "key" == axis.kind for dim in label for a in dim)
 
 
@@ -95,7 +95,7 @@ class _Regions:
                         found.append((region, axis))
                         taken.update(region)
                         break
-        ended = [f for f in found if any(not _holds(self._label(n), f[1]) for n in f[0])]
+        ended = [f for f in found if any(not holds(self._label(n), f[1]) for n in f[0])]
         return sorted(ended, key=lambda f: self.order[f[0][-1]])
 
     def _label(self, node: fx.Node) -> Label:
@@ -144,7 +144,7 @@ class _Regions:
             for user in stack.pop().users:
                 if user in region or user not in self.axes.moving:
                     continue
-                if _holds(self._label(user), axis):
+                if holds(self._label(user), axis):
                     stack.append(user)
                 elif not self._sums(user, axis):
                     continue
@@ -154,7 +154,7 @@ class _Regions:
         return sorted(region, key=self.order.__getitem__) if ended else []
 
     def _sums(self, node: fx.Node, axis: Atom) -> bool:
-        sides = [n for n in node.all_input_nodes if n not in self.axes.moving and _holds(self._label(n), axis)]
+        sides = [n for n in node.all_input_nodes if n not in self.axes.moving and holds(self._label(n), axis)]
         return op_name(node) in PRODUCTS and any(map(self._from_values, sides))
 
 
@@ -173,7 +173,7 @@ class _Port:
     def _scored(self, node: fx.Node) -> bool:
         """Whether a value has the key axis."""
         label = self.axes.labels[node]
-        return isinstance(label, tuple) and _holds(label, self.axis)
+        return isinstance(label, tuple) and holds(label, self.axis)
 
     def _continues(self, node: fx.Node) -> bool:
         """Whether an op works on scores that are there already."""
@@ -189,7 +189,7 @@ class _Port:
                 label = self.axes.read(node, slot, source)
                 if source in self.members and self._scored(source):
                     continue
-                if _holds(label, self.axis):
+                if holds(label, self.axis):
                     if self._as_key(node, slot, source):
                         keyed[node, slot] = source
                     else:

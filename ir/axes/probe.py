@@ -104,7 +104,8 @@ def _evaluate(node: fx.Node, args: Any, kwargs: Any) -> Value:
     if is_pointwise(node):
         operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         floating = bool(operands) and all(t.dtype.is_floating_point for t in operands)
-        if floating and kwargs.get("dtype") is None and _one_result(node.target):
+        cast = any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values()))
+        if floating and not cast and _one_result(node.target):
             return _empty(torch.broadcast_shapes(*(t.shape for t in operands)), operands[0])
     return node.target(*args, **kwargs)  # type: ignore[operator]
 

@@ -6,20 +6,33 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
+from depthc.ir.axes.facts import Count
 from depthc.ir.axes.labels import Dim, Label, kinds_in, size_of
 from depthc.ir.axes.ops import argument, dim_argument, dims_of, op_name
-from depthc.ir.axes.rules import flip_or_refuse, fresh_label, keep_out, pointwise, rule
+from depthc.ir.axes.rules import Refuse, flip_or_refuse, fresh_label, keep_out, pointwise, rule
 
 if TYPE_CHECKING:
     from depthc.ir.axes.inference import Inference
 
-_SAFE_OVER_KEYS = {"amax", "max", "logsumexp"}  # a key at -inf changes nothing in them
+_OVER_KEYS = {"sum", "amax", "max", "logsumexp"}  # a key without weight, or at -inf, changes nothing in them
 _ALONG_FIRST = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "renorm"}  # these have no default dimension
 
 
 @rule(
-    *("sum", "mean", "var", "std", "var_mean", "prod", "any", "all", "amax", "amin", "max", "min", "logsumexp"),
-    *("linalg_vector_norm", "norm", "argmax", "argmin", "median", "count_nonzero"),
+    *("sum", "mean", "var", "std", "var_mean", "std_mean", "prod", "any", "all"),
+    *(
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "logsumexp",
+        "linalg_vector_norm",
+        "norm",
+        "argmax",
+        "argmin",
+        "median",
+        "count_nonzero",
+    ),
 )
 def _reduce(flow: Inference, node: fx.Node) -> Any:
     name = op_name(node)
@@ -43,11 +56,25 @@ def _check_reduced(flow: Inference, node: fx.Node, dims: list[Dim]) -> None:
     name, kinds = op_name(node), kinds_in(dims)
     if "token" in kinds and "key" in kinds_in(flow.label(source)):
         flip_or_refuse(flow, node, source, f"{name} over the query axis of scores")
-    counted = kinds & {"token", "sorted"} and "key" not in kinds and flow.facts.may_count(flow, node)
+    if kinds & {"token", "sorted"} and "key" not in kinds and name == "sum" and _counts(flow, node):
+        return
     alone = "batch" not in kinds and all(len(dim) == 1 for dim in dims if "key" in kinds_in([dim]))
-    keyed = "key" in kinds and alone and (name in _SAFE_OVER_KEYS or flow.facts.may_reduce_keys(node))
-    if not counted and not keyed:
+    if not ("key" in kinds and alone and name in _OVER_KEYS):
         keep_out(dims, f"{name} over")
+    if "key" in kinds and any(user.args[1] == 1 for user in node.users if op_name(user) == "python::getitem"):
+        raise Refuse("key", f"{name} tells which key has the largest score")
+
+
+def _counts(flow: Inference, node: fx.Node) -> bool:
+    """Whether a sum over tokens counts them; the choices that it counts are known if they are written one-hot."""
+    source: Any = node.args[0]
+    if flow.probe.values[source].dtype.is_floating_point:
+        return False
+    chosen = flow.facts.multiset(source)
+    if chosen.op == "call_function" and op_name(chosen) == "one_hot":
+        chosen = flow.facts.multiset(chosen.args[0])  # type: ignore[arg-type]
+    flow.facts.counts[node] = Count(chosen)
+    return True
 
 
 @rule("softmax", "log_softmax")

@@ -141,8 +141,8 @@ def pointwise(flow: Inference, node: fx.Node) -> Label | list[Label | None]:
     if sizes and node in flow.moving:
         where = node.meta.get("source", "")
         flow.notes[f"{node.target} computes with a length, which stays that of all tokens {where}".strip()] = None
-    label = align(flow, node, slots)
-    return [label, label] if op_name(node) == "native_dropout" else label
+    label, value = align(flow, node, slots), flow.probe.values[node]
+    return [label] * len(value) if isinstance(value, list | tuple) else label
 
 
 def align(flow: Inference, node: fx.Node, slots: Sequence[tuple[Slot, fx.Node]]) -> Label:

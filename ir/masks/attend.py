@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor, fx
 
 from depthc.ir.axes.analysis import Axes, analyse
 from depthc.ir.axes.labels import Label, size_of
-from depthc.ir.axes.ops import argument, op_name, operands
-from depthc.ir.axes.ports import Port
+from depthc.ir.axes.ops import argument, dims_of, op_name, operands
+from depthc.ir.axes.ports import Port, holds
 from depthc.ir.axes.probe import shapes_at
 from depthc.ir.masks.cones import Cone, Evaluation, Site, Unknown, cone_of, inside
 from depthc.ir.program import Program
 
+_LOGARITHMIC = {"softmax", "log_softmax", "amax", "max", "logsumexp"}
 _BUDGET = 2**27  # elements of the scores
 _MASKED = 8000.0  # scores this far below the largest are masked: above any ALiBi, below the customary -10000
 
@@ -42,12 +44,29 @@ class Attention:
         return next((n for n in self.port.exits if self.axes.kinds.get(n) == "fused"), None)
 
     def wanted(self) -> list[fx.Node]:
-        """The nodes that say who attends: the weights that the exits sum with, or the fused op's mask."""
+        """The nodes that say who attends: what every op over the keys reads, or the fused op's mask."""
         if self.fused is not None:
             mask = argument(self.fused, 3, "attn_mask")
             return [mask] if isinstance(mask, fx.Node) else []
-        sums = [n for n in self.port.exits if set(self.port.values) & set(n.all_input_nodes)]  # not a row's maximum
-        return [source for exit in sums for _, source in operands(exit) if source in self.port.region]
+        return list(dict.fromkeys((*self._weights_read(), *self.scores_read())))
+
+    def _weights_read(self) -> Iterator[fx.Node]:
+        """Values that count for nothing where they are 0."""
+        for node in self.port.region:
+            sums = node in self.port.exits and set(self.port.values) & set(node.all_input_nodes)
+            if sums or (op_name(node) == "sum" and self._over_keys(node)):
+                yield from (source for _, source in operands(node) if source in self.port.region)
+
+    def scores_read(self) -> frozenset[fx.Node]:
+        """Values that count for nothing where they are very low."""
+        found = (n for n in self.port.region if op_name(n) in _LOGARITHMIC and self._over_keys(n))
+        return frozenset(source for n in found for source in n.all_input_nodes[:1]) & self.port.region
+
+    def _over_keys(self, node: fx.Node) -> bool:
+        """Whether an op reduces, or normalises, the key axis."""
+        label: Label = self.axes.labels[node.args[0]]  # type: ignore[index]
+        dims = dims_of(argument(node, 1, "dim", -1 if "softmax" in op_name(node) else None), len(label))
+        return holds((label[d] for d in dims), self.port.axis)
 
     def given(self) -> frozenset[fx.Node]:
         """Where evaluation stops: at the scores, and at what else the tokens decide."""
@@ -103,9 +122,10 @@ class Attention:
         shapes = shapes_at(self.site.body, evaluation.sizes)
         weights = self._weights(evaluation, shapes, heads, random=True)
         found = [self._arranged(w, label, shapes) for w, label in weights.found]
-        result, *others = [(f != 0) & ~f.isnan() for f in found]
-        if any(not torch.equal(o, result) for o in others) or (result != result[:, :1]).any():
+        read = [(f != 0) & ~f.isnan() for f in found]
+        if any((r != r[:, :1]).any() for r in read):
             raise Unknown("the heads have masks of their own")
+        result = reduce(torch.logical_or, read)  # a key that any of the ops reads
         plain = self._weights(evaluation, shapes, heads, random=False).found if heads else []
         return result[:, 0], any(_uneven(self._arranged(w, label, shapes)) for w, label in plain)
 
@@ -120,8 +140,17 @@ class Attention:
             causal = bool(argument(self.fused, 5, "is_causal", False))
             weigh.found = [(weigh.fused(values[0] if values else None, size, causal), label)]
         else:
-            weigh.found = [(v, self.axes.labels[n]) for v, n in zip(values, self.wanted(), strict=True)]
+            low = self.scores_read()
+            named = [(v, n, self.axes.labels[n]) for v, n in zip(values, self.wanted(), strict=True)]
+            weigh.found = [
+                (weigh.softmax(v, self._key_dim(label)) if n in low else v, label)
+                for v, n, label in named
+                if random or n not in low
+            ]
         return weigh
+
+    def _key_dim(self, label: Label) -> int:
+        return next(d for d, dim in enumerate(label) if holds([dim], self.port.axis))
 
     def _read(self, node: fx.Node, index: int, source: Any) -> Label:
         edge = self.axes.edges.get((node, (index, -1)))
@@ -143,8 +172,7 @@ class Attention:
         """Weights as [batch or 1, heads, queries, keys]."""
         axes, port = self.axes, self.port
         query = [d for d, dim in enumerate(label) if dim and all(a.kind == "token" for a in dim)]
-        own = port.axis.kind
-        key = [d for d, dim in enumerate(label) if any(a is port.axis or a.kind == "key" == own for a in dim)]
+        key = [d for d, dim in enumerate(label) if holds([dim], port.axis)]
         if len(query) != 1 or len(key) != 1 or len(label) != weights.dim():
             raise Unknown("queries and keys have no dimensions of their own")
         rest = [d for d in range(len(label)) if d not in (query[0], key[0])]

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from depthc.ir.axes.caches import Cached
 from depthc.ir.axes.labels import Label, kinds_in
-from depthc.ir.axes.ops import Slot, map_operands, op_name
+from depthc.ir.axes.ops import FILLS, Slot, map_operands, op_name
 from depthc.ir.rows.extents import Extents
 from depthc.ir.rows.fitting import Fitting
 from depthc.ir.rows.gather import Reader, Rows, append_rows, overwrite_rows
@@ -18,8 +18,6 @@ from depthc.ir.rows.schedule import HERE, Frame, Schedule, Source
 
 Cache = tuple[Tensor, ...]
 """What one port caches: a tensor a `Cached` of `depthc.ir.axes.caches.cached_of`, in its order and layout."""
-
-_FILLS = {"full", "zeros", "ones", "empty"}
 
 
 class Execution:
@@ -162,9 +160,10 @@ class Execution:
 
     def _fresh_read(self, source: fx.Node, label: Label, space: Label, frame: Frame, port: Frame) -> Tensor:
         size = self.sizes.here(frame, port)
-        if op_name(source) in _FILLS:
+        if op_name(source) in FILLS:
             args, kwargs = map_operands(source, lambda _, n: self._whole(n))
-            return source.target(self.sizes.sizes(label, frame, port), *args[1:], **kwargs)  # type: ignore[operator]
+            sizes = self.sizes.sizes(label, frame, port, args[0])
+            return source.target(sizes, *args[1:], **kwargs)  # type: ignore[operator]
         queries = self.frames[frame]
         reader = Reader(self.axes.batch, queries, self.frames.get(port, queries), self.sizes.full, size)
         return reader.read(self.full[source], label, space)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -41,10 +42,16 @@ class Extents:
         """Sizes in a frame, with the keys of a port."""
         return lambda dim: prod(self._atom(atom, frame, port) for atom in dim)
 
-    def sizes(self, label: Label, frame: Frame, port: Frame) -> list[int]:
-        """A shape for a reshape; -1 where only the data decide."""
+    def sizes(self, label: Label, frame: Frame, port: Frame, given: Sequence[int]) -> list[int]:
+        """A shape for an op that was `given` one for all tokens; -1 where only the data decide."""
         size = self.here(frame, port)
-        return [-1 if any(a.kind == "sorted" and not a.base for a in dim) else size(dim) for dim in label]
+        shape: list[int] = []
+        for dim, whole in zip(label, given, strict=True):
+            if any(a.kind == "sorted" and not a.base for a in dim):
+                shape.append(-1)
+            else:
+                shape.append(whole if dim and all(a.kind == "free" for a in dim) and whole >= 0 else size(dim))
+        return shape
 
     def _atom(self, atom: Atom, frame: Frame, port: Frame) -> int:
         size = self.here(frame, port)

@@ -20,8 +20,9 @@ from depthc.ir.rows.schedule import HERE, Frame, Schedule
 
 aten = torch.ops.aten
 
-# Ops that make weights of scores: a score at the lowest number becomes a weight of zero in them.
-_WEIGHING = {"softmax", "log_softmax", "exp", "exp2", "amax", "max", "logsumexp", "sigmoid", "relu", "softplus"}
+# Ops over the keys in which a score at the lowest number counts for nothing, and those in which a zero does.
+_LOGARITHMIC = {"softmax", "log_softmax", "amax", "max", "logsumexp"}
+_ADDITIVE = {"sum"}
 
 
 class Fitting:
@@ -33,9 +34,11 @@ class Fitting:
     def target(self, node: fx.Node, frame: Frame, args: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """Adapt `args` and `kwargs` in place; returns what to call with them."""
         name, port = op_name(node), self.schedule.port_of.get(node, HERE)
-        if name in ("view", "expand") and not isinstance(args[1], torch.dtype):
-            args[1] = self.sizes.sizes(self.axes.labels[node], frame, port)
-            return aten.reshape.default if name == "view" else aten.expand.default
+        if name == "unflatten":
+            args[1:] = [[-1] * len(self.axes.labels[node])]
+        if name in ("view", "expand", "unflatten"):
+            args[1] = self.sizes.sizes(self.axes.labels[node], frame, port, args[1])
+            return aten.expand.default if name == "expand" else aten.reshape.default
         if name == "slice":
             self._slice(node, frame, port, args)
         elif self.axes.kinds.get(node) == "fused":
@@ -96,19 +99,18 @@ class Fitting:
         return place_mask(allowed, (self.axes.batch, self.axes.token, key), space, self.sizes.here(frame, port))
 
     def _scores(self, node: fx.Node, frame: Frame, port: Frame, args: list[Any]) -> None:
-        """Rows that are not valid take no weight: masked before the op that makes weights, or in the sum over keys."""
-        keys, region = self.sizes.frames[port], self.schedule.ports[port]
-        if keys.valid is None:
-            return
-        weighs = any(op_name(n) in _WEIGHING for n in region.region)
-        if op_name(node) not in _WEIGHING if weighs else node not in region.exits:
+        """Rows that are not valid take no weight in any op over the keys."""
+        keys, name = self.sizes.frames[port], op_name(node)
+        logarithmic = name in _LOGARITHMIC
+        summed = name in _ADDITIVE or node in self.schedule.ports[port].exits
+        if keys.valid is None or not (logarithmic or summed):
             return
         for at, source in enumerate(node.args):
             label = self.axes.labels.get(source) if isinstance(source, fx.Node) else None
             if source in self.axes.moving and isinstance(label, tuple) and "key" in kinds_in(label):
                 allowed = self._allowed(keys, False, args[at].device)
                 mask = self._placed(allowed, self.axes.key, label, frame, port)
-                args[at] = args[at].masked_fill(~mask, torch.finfo(args[at].dtype).min if weighs else 0.0)
+                args[at] = args[at].masked_fill(~mask, torch.finfo(args[at].dtype).min if logarithmic else 0.0)
 
 
 def _both(given: Tensor | None, mask: Tensor) -> Tensor:
