@@ -326,6 +326,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert {p.type.dtype for p in program.params.values()} == {dtype}
 
 
+@pytest.mark.slow
 def test_meta_device() -> None:
     with torch.device("meta"):
         model = Stacked(Spec(attention=("masked",), sides=("rotary", "window"), depth=4))

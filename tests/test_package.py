@@ -120,6 +120,7 @@ def test_examples_in_docstrings(name: str) -> None:
     assert not failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/concepts.md", "docs/capture.md", "docs/ir.md"])
 def test_pages_run(page: str) -> None:
     """The code blocks of a page, which continue each other."""

@@ -52,6 +52,8 @@ def _sort(flow: Inference, node: fx.Node) -> Any:
         return (made,)
     facts.parts[node, 1] = label[0]
     facts.permutations.add((node, 1))
+    if points is not None:
+        facts.parts[node, 0] = points
     return [(made,), (made,)]
 
 

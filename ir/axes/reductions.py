@@ -42,7 +42,7 @@ def _reduce(flow: Inference, node: fx.Node) -> Any:
         return pointwise(flow, node)
     label = flow.operand(node, 0)
     dims = dims_of(None if isinstance(given, bool) else given, len(label))
-    _check_reduced(flow, node, [label[d] for d in dims])
+    _check_reduced(flow, node, [label[d] for d in dims if label])
     value = flow.probe.values[node]
     parts = [value] if isinstance(value, Tensor) else list(value)
     keeps = parts[0].dim() == len(label)
