@@ -5,42 +5,60 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
+from depthc.codegen.aux import Aux
+from depthc.codegen.loops import LoopBody
 from depthc.ir import sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import InputError, StateDictError
 from depthc.ir.evaluate import Evaluator, WeightParams
 from depthc.ir.program import Loop, Merge, On, Op, Program, Segment, Stack
+from depthc.ir.rows.run import run_rows
 from depthc.ir.signature import device_of
+from depthc.passes.pipeline import Step
+from depthc.passes.recipe import Recipe
+
+_RESERVED = ("program", "recipe", "history", "add_losses", "selection")
 
 
 class DepthModule(nn.Module):
-    """A lowered program. Its parameters are those of the captured model: the same tensors under the same names.
+    """A lowered program. Its parameters have the names of the captured model's; under the identity recipe they are the
+    same tensors.
 
     Every block is compiled to one Python function that all its layers share.
 
     Attributes:
         program: the program that was lowered.
+        recipe, history: how it was made of the captured one.
+        add_losses: whether a training forward adds the auxiliary losses to the loss that the model returns.
+        selection: "inference" (causal) or "training" (top-k): how `eval()` selects tokens. Top-k sees the whole
+            sequence: it is for measurements and is not causal.
     """
 
-    def __init__(self, program: Program) -> None:
+    accepts_loss_kwargs = False  # the Trainer scales losses by gradient accumulation, auxiliary ones as well
+
+    def __init__(self, program: Program, recipe: Recipe | None = None, history: tuple[Step, ...] = ()) -> None:
         super().__init__()
-        self.program = program
+        self.program, self.recipe, self.history = program, recipe or Recipe(), history
+        self.add_losses, self.selection, self._checkpointing = False, "inference", False
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         values = WeightParams(program)
         made: dict[int, Tensor] = {}
         for name, param in program.params.items():
             self._register(name, values(name), param.kind, made)
         self._functions = {body: _function(body) for body in _bodies(program)}
+        self._blocks = {block.body for block in program.blocks.values()}
 
     def _register(self, name: str, value: Tensor, kind: str, made: dict[int, Tensor]) -> None:
         owner: nn.Module = self
         *path, leaf = name.split(".")
-        if hasattr(type(self), (top := name.split(".")[0])) or top in ("program", "_owners", "_functions"):
+        if hasattr(type(self), (top := name.split(".")[0])) or top in _RESERVED or top.startswith("_"):
             raise InputError(
                 f"parameter {name!r} has the name of an attribute of compiled modules",
                 found=top,
@@ -63,22 +81,71 @@ class DepthModule(nn.Module):
         owner, leaf = self._owners[name]
         return getattr(owner, leaf)
 
+    def new_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the captured model does not have, by name: routers and the like."""
+        return {name: p for name, p in self.named_parameters() if name.startswith("depth.")}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the captured model's forward does; same arguments, same output type.
 
         Raises:
             InputError: arguments that were not captured, another device than the parameters', a mode that was not
-                captured.
+                captured, losses asked for where the model returns none.
+            RoutingError: a router's logit is not a number.
         """
+        out, aux = self.forward_with_aux(*args, **kwargs)
+        return self._with_losses(out, aux) if self.add_losses and self.training else out
+
+    def forward_with_aux(self, *args: Any, **kwargs: Any) -> tuple[Any, Aux]:
+        """The output, and what the program taps: auxiliary losses and routes."""
         tensors = self.program.signature.flatten(args, kwargs)
-        device = device_of(tensors)
+        evaluator = self._evaluator(device_of(tensors))
+        values = evaluator.run(self.program.body, dict(tensors), self.program.signature.size_values(tensors))
+        return self.program.signature.unflatten(values), Aux(evaluator.taps)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Keep no activations inside blocks in training, and compute them again backward; choices of tokens are kept."""
+        self._checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._checkpointing = False
+
+    def loop(self, name: str) -> LoopBody:
+        """The body of a loop, callable alone; `name` is the loop's index.
+
+        Raises:
+            InputError: there is no such loop.
+        """
+        return LoopBody(self.program, name, self._evaluator)
+
+    def _evaluator(self, device: torch.device) -> Evaluator:
         self._check(device)
-        evaluator = Evaluator(self.program, self.parameter_of, device, self.training, self._run_body)
-        sizes = self.program.signature.size_values(tensors)
-        return self.program.signature.unflatten(evaluator.run(self.program.body, dict(tensors), sizes))
+        evaluator = Evaluator(
+            self.program, self.parameter_of, device, self.training, self._run_body, selection=self.selection
+        )
+        if self._checkpointing and self.training:
+            evaluator.run_rows = partial(checkpoint, run_rows, use_reentrant=False)
+        return evaluator
 
     def _run_body(self, body: Body, inputs: Sequence[Any]) -> Sequence[Any]:
+        if self._checkpointing and self.training and body in self._blocks:
+            return checkpoint(self._functions[body], *inputs, use_reentrant=False)  # type: ignore[no-any-return]
         return self._functions[body](*inputs)
+
+    def _with_losses(self, out: Any, aux: Aux) -> Any:
+        """The output with the auxiliary losses added to its loss."""
+        if aux.loss is None:
+            return out
+        if not isinstance(out, Mapping) or not isinstance(out.get("loss"), Tensor):
+            raise InputError(
+                "there is no loss to add the auxiliary losses to",
+                expected="an output with the key 'loss'",
+                found=type(out).__name__,
+                remedy="capture the model with labels, or add forward_with_aux(...)[1].loss to a loss of your own",
+            )
+        out["loss"] = out["loss"] + aux.loss.to(out["loss"].dtype)  # type: ignore[index]
+        return out
 
     def _check(self, device: torch.device) -> None:
         if self.training not in self.program.modes:
@@ -138,7 +205,12 @@ class DepthModule(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-def lower(program: Program, signature: inspect.Signature | None = None) -> DepthModule:
+def lower(
+    program: Program,
+    signature: inspect.Signature | None = None,
+    recipe: Recipe | None = None,
+    history: tuple[Step, ...] = (),
+) -> DepthModule:
     """A module that computes `program`; `signature` is shown as its forward's."""
     torch.compiler.assume_constant_result(sizes.postfix)
 
@@ -153,7 +225,7 @@ def lower(program: Program, signature: inspect.Signature | None = None) -> Depth
             parameters[0] = own.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
         forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     kind = type(f"Depth{program.name}", (DepthModule,), {"forward": forward, "__module__": __name__})
-    return kind(program)  # type: ignore[no-any-return]
+    return kind(program, recipe, history)  # type: ignore[no-any-return]
 
 
 def _bodies(program: Program) -> list[Body]:

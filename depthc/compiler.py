@@ -2,47 +2,59 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
 from depthc.codegen.module import DepthModule, lower
 from depthc.ir.capture import capture
-from depthc.ir.errors import RecipeError
-
-RECIPES = ("identity",)
+from depthc.ir.settle import settle
+from depthc.passes.base import Pass
+from depthc.passes.pipeline import run_recipe
+from depthc.passes.recipe import Recipe
+from depthc.passes.recipes import recipe_of
 
 
 def compile(
-    model: nn.Module, recipe: str = "identity", args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    recipe: str | Recipe | Pass = "identity",
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    skip: Collection[str] = (),
+    add_losses: bool = False,
+    **options: Any,
 ) -> DepthModule:
     """Capture a model, rewrite its depth by a recipe and lower it to a module.
 
     Args:
         model: any module whose forward exports and whose layers repeat.
-        recipe: "identity" gives the model back: the same function, parameters and names, one shared body a block.
+        recipe: a recipe's name ("identity", "albert", "mor"), its text (`"tie(loops=2) | route()"`), or a `Recipe`.
         args: example arguments of the model's forward (see `depthc.capture`).
         kwargs: example keyword arguments.
+        skip: names of passes to leave out.
+        add_losses: whether a training forward adds the recipe's auxiliary losses to the loss that the model returns.
+        options: of the recipe's passes: each goes to the passes that have it.
 
     Returns:
-        A module with the model's signature, output type and parameters (the same tensors); `.program` is its program.
+        A module with the model's signature, output type and parameter names; `.program` is its program, `.history`
+        says what each pass did. Under "identity" the parameters are the model's own; else they are copies.
 
     Raises:
-        RecipeError: no recipe of that name.
+        RecipeError: no such recipe, pass or option, or a pass that does not apply to the model.
         CaptureError, OutlineError: see `depthc.capture`.
 
     Example:
         >>> import torch, depthc
-        >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
-        >>> compiled = depthc.compile(model, recipe="identity", args=(torch.ones(2, 5, 4),))
-        >>> list(compiled.state_dict()) == list(model.state_dict())
-        True
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
+        >>> compiled = depthc.compile(model, recipe="tie", args=(torch.ones(2, 5, 4),), loops=2)
+        >>> list(compiled.state_dict())
+        ['0.weight', '0.bias', '1.weight', '1.bias']
     """
-    if recipe not in RECIPES:
-        near = difflib.get_close_matches(recipe, RECIPES, 1, cutoff=0)
-        raise RecipeError(f"there is no recipe {recipe!r}", expected=", ".join(RECIPES), remedy=f"use {near[0]!r}")
-    compiled = lower(capture(model, args, kwargs), inspect.signature(model.forward))
+    chosen = recipe_of(recipe, options)
+    program, history = run_recipe(capture(model, args, kwargs), chosen, skip)
+    compiled = lower(settle(program) if history else program, inspect.signature(model.forward), chosen, history)
+    compiled.add_losses = add_losses
     return compiled.train(model.training)

@@ -65,3 +65,11 @@ class StateDictError(DepthError):
 
 class RecipeError(DepthError):
     """A recipe that does not exist or does not apply."""
+
+
+class RoutingError(DepthError):
+    """A selection of tokens that cannot be made: scores that are not numbers."""
+
+
+class CheckpointError(DepthError):
+    """A saved folder that is damaged, incomplete, or of a newer version."""

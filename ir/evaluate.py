@@ -14,7 +14,9 @@ from depthc.ir.errors import InputError
 from depthc.ir.params import value_of
 from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.signature import device_of
-from depthc.ir.tokens import select
+from depthc.ir.rows.run import run_rows
+from depthc.ir.selection import select
+from depthc.ir.tokens import TokenSet
 
 
 def run(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any], *, training: bool = False) -> Any:
@@ -58,6 +60,7 @@ class Evaluator:
         device: what `device` means in the bodies.
         training: what `training` means in the bodies.
         run_body: runs a body on its inputs; node by node unless a lowering has something faster.
+        selection: which rule of `Select` counts outside of training: the one for "inference", or that of "training".
     """
 
     def __init__(
@@ -67,8 +70,11 @@ class Evaluator:
         device: torch.device,
         training: bool = False,
         run_body: Callable[[Body, Sequence[Any]], Sequence[Any]] = interpret,
+        selection: str = "inference",
     ) -> None:
         self.program, self.param, self.device, self.training, self.run_body = program, param, device, training, run_body
+        self.selection = "training" if training else selection
+        self.run_rows: Callable[..., Any] = run_rows
         self.taps: dict[str, Any] = {}
         self.slots: dict[str, Any] = {}
 
@@ -89,14 +95,13 @@ class Evaluator:
                 case Loop():
                     self.loop(op, values, indices)
                 case Select():
-                    score, among = (values[name] if name else None for name in (op.score, op.among))
-                    values[op.write] = select(op.rule, score, among, indices)
+                    values[op.write] = self.select(op, values, indices)
                 case On():
                     self.on(op, values, indices)
                 case Merge():
                     self.merge(op, values, indices)
                 case Tap(name=name, read=read):
-                    self.taps[name] = values[read]
+                    self.taps[indexed(name, indices)] = values[read]
 
     def loop(self, op: Loop, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Run a loop; ends early when all of `until` is true, outside training."""
@@ -104,6 +109,12 @@ class Evaluator:
             self.ops(op.body, values, {**indices, op.index: index})
             if op.until and not self.training and bool(values[op.until].all()):
                 return
+
+    def select(self, op: Select, values: Mapping[str, Any], indices: Mapping[str, int]) -> TokenSet:
+        """A token set of scores."""
+        score, among, of = (values[name] if name else None for name in (op.score, op.among, op.of))
+        rule = op.inference if op.inference and self.selection == "inference" else op.rule
+        return select(rule, score, among, of, indices)
 
     def on(self, op: On, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Run a region on the tokens of a set; see `depthc.ir.regions`."""
@@ -132,7 +143,8 @@ class Evaluator:
         body = op.body if isinstance(op, Segment) else self.program.blocks[op.block].body
         consts = op.consts if isinstance(op, Call) else ()
         params = [self.param(indexed(name, indices)) for name in op.params]
-        inputs = body.arrange([values[r] for r in op.reads], params, consts, training=self.training, device=self.device)
+        reads = [v.mask if isinstance(v := values[r], TokenSet) else v for r in op.reads]
+        inputs = body.arrange(reads, params, consts, training=self.training, device=self.device)
         grad = not isinstance(op, Call) or op.grad is None or bool(sizes.evaluate(op.grad, indices))
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             values.update(zip(op.writes, self.run_body(body, inputs), strict=True))

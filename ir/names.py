@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import keyword
 import re
 from collections.abc import Iterable
@@ -30,3 +31,8 @@ class Names:
             name, count = f"{base}_{count}", count + 1
         self.taken.add(name)
         return name
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like `name`; "" if none is known."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff=0)), "")

@@ -81,7 +81,22 @@ class Init:
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(self.type.dtype)
 
 
-Expr = Ref | Mean | Svd | Init
+@dataclass(frozen=True)
+class Shuffle:
+    """A fresh draw by the law that a weight was drawn by: its own entries in another order, from `seed` alone."""
+
+    term: Expr
+    seed: int = 0
+
+    def evaluate(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """A new tensor; what all entries have in common (ones of a norm, zeros of a bias) stays."""
+        tensor = self.term.evaluate(weights).detach()
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+        return tensor.flatten()[order].view(tensor.shape)
+
+
+Expr = Ref | Mean | Svd | Init | Shuffle
 ParamKind = Literal["parameter", "frozen", "buffer", "constant"]
 
 

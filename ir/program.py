@@ -42,11 +42,11 @@ class Kv:
     """The key/value plan of one attention port of a call.
 
     `fresh`: keys and values of the tokens at hand. `store s`: the same, and kept in slot `s`. `read s`: those of
-    slot `s`; the block's own key/value projections are not run. `update s`: slot `s`, with the rows of the tokens at
-    hand replaced by fresh ones.
+    slot `s`; the block's own key/value projections are not run. `share s`: the first application stores, later ones
+    read. `update s`: slot `s`, with the rows of the tokens at hand replaced by fresh ones.
     """
 
-    mode: Literal["fresh", "store", "read", "update"] = "fresh"
+    mode: Literal["fresh", "store", "read", "share", "update"] = "fresh"
     slot: str = ""
 
 
@@ -55,7 +55,7 @@ class Segment:
     """A straight-line graph: at the top level an embedding, norm or head; inside a stack the glue that a pass made.
 
     `reads` and `writes` are value names, one a "value" input and one a result of `body`; `params` are parameter
-    names, one a "param" input.
+    names, one a "param" input. A token set is read as its mask, bool[batch, tokens].
     """
 
     name: str
@@ -102,15 +102,19 @@ class Loop:
 class Select:
     """A token set as a value: `write = select rule(score, among=...)`.
 
-    Rules: "all", "stride(q)", "topk(c)" with capacity c in (0, 1] of the candidates, "threshold(x)" for score > x,
-    "atleast(r)" for score >= r, with `r` over the loop indices. `score` names a value of shape [batch, tokens], which
-    "all" and "stride" may go without where `among`, an earlier set, says what the tokens are.
+    Rules: "all", "stride(q)", "topk(c)" with capacity c in (0, 1] of the tokens of `of` (the candidates by default),
+    "threshold(x)" for score > x, "atleast(r)" for score >= r. Their numbers may be expressions over the loop indices,
+    or one number an iteration: "topk([1.0, 0.5][r])". `score` names a value of shape [batch, tokens], which "all" and
+    "stride" may go without where `among`, an earlier set, says what the tokens are. `inference` is the rule outside of
+    training, if that is another one: one that is causal.
     """
 
     write: str
     rule: str
     score: str | None = None
     among: str | None = None
+    of: str | None = None
+    inference: str | None = None
 
 
 @dataclass(frozen=True)

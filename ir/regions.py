@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from depthc.ir.evaluate import Evaluator, indexed
-from depthc.ir.program import Call, On, Segment
-from depthc.ir.rows.run import run_rows
+from depthc.ir.program import Call, Kv, On, Segment
+from depthc.ir.rows.execution import Cache
+from depthc.ir.rows.gather import Rows
 from depthc.ir.text.functions import walk
 from depthc.ir.tokens import TokenSet
 
@@ -22,7 +24,8 @@ class Region(Evaluator):
     """
 
     def __init__(self, outer: Evaluator, op: On, tokens: TokenSet) -> None:
-        super().__init__(outer.program, outer.param, outer.device, outer.training, outer.run_body)
+        super().__init__(outer.program, outer.param, outer.device, outer.training, outer.run_body, outer.selection)
+        self.run_rows = outer.run_rows
         self.outer, self.op, self.tokens = outer, op, tokens
         self.slots, self.taps = outer.slots, outer.taps
         inside = [inner for inner, _ in walk(op.body)]
@@ -46,6 +49,14 @@ class Region(Evaluator):
         run_planned(self, op, carries, sides, values, indices, self.tokens)
 
 
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """What a key/value slot holds: the cache of one port, and the tokens whose keys are in it."""
+
+    cache: Cache
+    keys: Rows
+
+
 def run_planned(
     evaluator: Evaluator,
     op: Call,
@@ -56,25 +67,41 @@ def run_planned(
     tokens: TokenSet | None = None,
 ) -> None:
     """Apply a block to rows, with the slots of its plan as caches; writes its results into `values`."""
-    slots = [indexed(plan.slot, indices) for plan in op.kv]
-    given = [
-        evaluator.slots.get(s) if p.mode in ("read", "update") else None for p, s in zip(op.kv, slots, strict=True)
-    ]
-    results, kept = run_rows(
+    names = [indexed(plan.slot, indices) for plan in op.kv]
+    plans = [settled(plan, name in evaluator.slots) for plan, name in zip(op.kv, names, strict=True)]
+    given = [evaluator.slots[n] if p.mode in ("read", "update") else None for p, n in zip(plans, names, strict=True)]
+    rows = rows_of(tokens)
+    keys = next((slot.keys for slot in given if slot is not None), Rows(0))
+    results, kept = evaluator.run_rows(
         evaluator.program.blocks[op.block],
         carries,
         sides,
         [evaluator.param(indexed(name, indices)) for name in op.params],
         op.consts,
-        positions=tokens.positions if tokens else None,
-        valid=tokens.valid if tokens and not bool(tokens.valid.all()) else None,
-        kv=op.kv,
-        caches=given,
+        positions=rows.positions,
+        valid=rows.valid,
+        key_positions=keys.positions,
+        key_valid=keys.valid,
+        kv=plans,
+        caches=[slot.cache if slot is not None else None for slot in given],
         ordered=True,
+        length=tokens.mask.shape[1] if tokens else None,
         training=evaluator.training,
         device=evaluator.device,
     )
-    for plan, slot, cache in zip(op.kv, slots, kept, strict=False):
+    for plan, name, cache in zip(plans, names, kept, strict=False):
         if plan.mode in ("store", "update"):
-            evaluator.slots[slot] = cache
+            evaluator.slots[name] = Slot(cache, keys if plan.mode == "update" else rows)
     values.update(zip(op.writes, results, strict=True))
+
+
+def settled(plan: Kv, filled: bool) -> Kv:
+    """A plan with `share` as what it is here: `read` where its slot is filled, else `store`."""
+    return Kv("read" if filled else "store", plan.slot) if plan.mode == "share" else plan
+
+
+def rows_of(tokens: TokenSet | None) -> Rows:
+    """The tokens of a set as rows; all tokens in order need no positions."""
+    if tokens is None or tokens.everyone:
+        return Rows(0)
+    return Rows(tokens.width, tokens.positions, tokens.valid)

@@ -6,17 +6,21 @@ slots over their indices are checked as they will be; `on` regions with nothing 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
+import torch
+
 from depthc.ir import sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import VerifyError
 from depthc.ir.evaluate import indexed
-from depthc.ir.params import Expr, Init, Mean, Ref, Svd
+from depthc.ir.params import Expr, Init, Mean, Ref, Shuffle, Svd
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
+from depthc.ir.selection import read_rule
 from depthc.ir.signature import Leaf, Signature
 from depthc.ir.text.functions import walk
 from depthc.ir.text.syntax import is_identifier
@@ -108,7 +112,8 @@ def _inner(expr: Expr | None) -> Iterable[Expr]:
     if expr is None:
         return
     yield expr
-    for term in (*getattr(expr, "terms", ()), *(getattr(expr, side) for side in "ab" if isinstance(expr, Svd))):
+    inner = (expr.a, expr.b) if isinstance(expr, Svd) else (expr.term,) if isinstance(expr, Shuffle) else ()
+    for term in (*getattr(expr, "terms", ()), *inner):
         yield from _inner(term)
 
 
@@ -199,6 +204,13 @@ class _Place:
             found = "a token set" if isinstance(held, _Tokens) else "the rows that an `on` region wrote"
             self.fail(f"{name!r} is read as a tensor with all tokens", expected=_PLAIN, found=found)
 
+    def mask(self, name: str, type: Any) -> None:
+        """Check that what a segment reads as a token set is a mask."""
+        if not isinstance(type, Type) or type.dtype is not torch.bool or len(type.shape) != 2:
+            self.fail(
+                f"the token set {name!r} is read as another type", expected="bool[batch, tokens]", found=str(type)
+            )
+
     def tokens(self, name: str) -> _Tokens:
         """The token set that a name holds."""
         held = self.read(name)
@@ -226,8 +238,11 @@ def _bind(body: Body, op: Segment | Call, place: _Place) -> None:
     """Reads, writes and parameters of an application against its body."""
     place.count("reads", len(body.inputs_of("value")), len(op.reads))
     place.count("writes", len(body.results), len(op.writes))
-    for name in op.reads:
-        place.plain(name)
+    for name, node in zip(op.reads, body.placeholders_of("value"), strict=True):
+        if isinstance(op, Segment) and isinstance(place.read(name), _Tokens):
+            place.mask(name, node.meta["input"].type)
+        else:
+            place.plain(name)
     _params(body, op.params, place)
     _unique(place.where, "write", op.writes)
     place.names.update(dict.fromkeys(op.writes, _PLAIN))
@@ -273,14 +288,14 @@ def _call(op: Call, place: _Place) -> None:
 
 
 def _kv(plan: Kv, place: _Place) -> None:
-    if plan.mode not in ("fresh", "store", "read", "update") or (plan.mode == "fresh") != (plan.slot == ""):
-        expected = "fresh without a slot, or store, read, update with one"
+    if plan.mode not in ("fresh", "store", "read", "share", "update") or (plan.mode == "fresh") != (plan.slot == ""):
+        expected = "fresh without a slot, or store, read, share, update with one"
         place.fail("this is not a key/value plan", expected=expected, found=f"{plan.mode} {plan.slot!r}")
     slot = _indexed(plan.slot, place)
     if plan.mode in ("read", "update") and slot not in place.slots:
         filled = ", ".join(sorted(place.slots)) or "no slot is filled here"
         place.fail(f"key/value slot {slot!r} is read before it is stored", expected=filled, found=f"{plan.mode} {slot}")
-    if plan.mode == "store":
+    if plan.mode in ("store", "share"):
         place.slots.add(slot)
 
 
@@ -304,28 +319,32 @@ def _loop(op: Loop, place: _Place) -> None:
 
 
 def _select(op: Select, place: _Place) -> None:
-    name, _, rest = op.rule.partition("(")
-    argument = _number(rest.removesuffix(")"))
-    legal = {
-        "all": op.rule == "all",
-        "stride": argument is not None and argument >= 1 and argument == int(argument),
-        "topk": argument is not None and 0 < argument <= 1,
-        "threshold": argument is not None,
-        "atleast": rest.endswith(")"),
-    }
-    if not legal.get(name):
-        expected = "all, stride(q), topk(c) with 0 < c <= 1, threshold(x) or atleast(r)"
-        place.fail("this is not a selection rule", expected=expected, found=op.rule)
-    if name == "atleast":
-        _expression(place.where, "depth", rest.removesuffix(")"), place.indices)
+    for text in (op.rule, op.inference):
+        if text is not None:
+            _rule(text, op, place)
     if op.score is not None:
         place.plain(op.score)
-    elif op.among is None or name in ("topk", "threshold", "atleast"):
-        place.fail("this rule needs a score, if only for its shape", expected="score=value", found=op.rule)
-    if op.among is not None:
-        place.tokens(op.among)
+    for name in (op.among, op.of):
+        if name is not None:
+            place.tokens(name)
     place.made.append(None)
     place.names[op.write] = _Tokens(len(place.made))
+
+
+def _rule(text: str, op: Select, place: _Place) -> None:
+    try:
+        name, number = read_rule(text, place.indices)
+    except KeyError as error:
+        known = ", ".join(place.indices) or "numbers alone"
+        place.fail(f"a rule reads an unknown name {error}", expected=known, found=text)
+    except (ValueError, SyntaxError, IndexError):
+        name, number = "", 0.0
+    legal = {"stride": number >= 1 and number == int(number), "topk": 0 < number <= 1} if math.isfinite(number) else {}
+    if not name or not legal.get(name, name not in ("stride", "topk")):
+        expected = "all, stride(q), topk(c) with 0 < c <= 1, threshold(x) or atleast(r)"
+        place.fail("this is not a selection rule", expected=expected, found=text)
+    if op.score is None and (op.among is None or name in ("topk", "threshold", "atleast")):
+        place.fail("this rule needs a score, if only for its shape", expected="score=value", found=text)
 
 
 def _number(text: str) -> float | None:
@@ -372,6 +391,7 @@ def _merge(op: Merge, place: _Place) -> None:
 
 def _tap(op: Tap, place: _Place) -> None:
     place.read(op.read)
+    _indexed(op.name, place)
 
 
 _RULES: dict[type, Callable[[Any, _Place], None]] = {

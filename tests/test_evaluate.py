@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 import depthc
 from depthc.ir.body import Body, Input
 from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select
-from depthc.ir.tokens import TokenSet, select
+from depthc.ir.selection import select
+from depthc.ir.tokens import TokenSet
 from depthc.ir.types import Type
 from depthc.ir.verify import verify
 

@@ -130,16 +130,18 @@ def _slots(function: Function) -> tuple[str, ...]:
     names = [i.name for i in function.body.inputs_of("param")]
     uses = list(dict.fromkeys(params for params, _ in function.bindings))
     if function.kind != "block":
-        names = list(uses[0]) if len(uses) == 1 else _relative(uses[0], uses[1]) or names
+        varies = len(uses) > 1 or any("{" in name for name in uses[0])
+        names = (_relative(uses[0], uses[-1]) or names) if varies else list(uses[0])
     return tuple(unique(names))
 
 
 def _relative(first: Sequence[str], second: Sequence[str]) -> list[str] | None:
-    """What follows the part in which two bindings differ."""
+    """What follows the part in which two bindings differ, or in which there is a loop index."""
     slots = []
     for a, b in zip(first, second, strict=False):
         left, right = a.split("."), b.split(".")
-        differ = next((i for i, (x, y) in enumerate(zip(left, right, strict=False)) if x != y), -1)
+        apart = [i for i, (x, y) in enumerate(zip(left, right, strict=False)) if x != y][:1]
+        differ = max([i for i, x in enumerate(left) if "{" in x] + apart, default=-1)
         slots.append(".".join(left[differ + 1 :]))
     return slots if all(slots) and len(set(slots)) == len(slots) else None
 

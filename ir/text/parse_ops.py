@@ -11,7 +11,7 @@ from depthc.ir.text.functions import Function, bound_name
 from depthc.ir.text.syntax import fail, read_size
 from depthc.ir.text.unfold import Scope, number, string, unfold, value_name
 
-_MODES = ("fresh", "store", "read", "update")
+_MODES = ("fresh", "store", "read", "share", "update")
 
 
 class OpReader:
@@ -85,9 +85,10 @@ class OpReader:
         )
 
     def _select(self, call: ast.Call, writes: tuple[str, ...], scope: Scope) -> Select:
-        args = _arguments(call, "select", ["rule"], ["score", "among"])
-        score, among = (value_name(args[k], scope) if k in args else None for k in ("score", "among"))
-        return Select(_single(call, writes), string(args["rule"], scope), score, among)
+        args = _arguments(call, "select", ["rule"], ["score", "among", "of", "inference"])
+        names = [value_name(args[k], scope) if k in args else None for k in ("score", "among", "of")]
+        inference = string(args["inference"], scope) if "inference" in args else None
+        return Select(_single(call, writes), string(args["rule"], scope), *names, inference)
 
     def _merge(self, call: ast.Call, writes: tuple[str, ...], scope: Scope) -> Merge:
         args = _arguments(call, "merge", ["read", "value", "tokens"], ["combine", "extra", "w"])
@@ -182,10 +183,10 @@ def _entries(node: ast.Dict, function: Function, scope: Scope) -> dict[str, str]
 
 
 def _kv(node: ast.expr, scope: Scope) -> Any:
-    """`fresh`, `store("s")`, `read("s")`, `update("s")`."""
+    """`fresh`, `store("s")`, `read("s")`, `share("s")`, `update("s")`."""
     match node:
         case ast.Name(id="fresh"):
             return Kv()
         case ast.Call(func=ast.Name(id=mode), args=[slot], keywords=[]) if mode in _MODES:
             return Kv(mode, string(slot, scope))  # type: ignore[arg-type]
-    fail(node, "this is not a key/value plan", expected='fresh, store("s"), read("s") or update("s")')
+    fail(node, "this is not a key/value plan", expected='fresh, store("s"), read("s"), share("s") or update("s")')

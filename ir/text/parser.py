@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from depthc.ir.errors import ParseError
-from depthc.ir.params import Expr, Init, Mean, Param, Ref, Svd
+from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd
 from depthc.ir.program import Block, Program, Segment, Stack
 from depthc.ir.text.functions import Function, derived_params
 from depthc.ir.text.parse_body import BodyReader, read_declaration
@@ -203,7 +203,12 @@ def _read_expr(node: ast.expr, scope: Scope) -> Expr:
             seeds = [_whole(word.value, scope) for word in words if word.arg == "seed"]
             if isinstance(type, Type) and len(seeds) == len(words) <= 1:
                 return Init(type, string(law, scope), *seeds)
-    fail(node, "this is not a parameter expression", expected='ref("a"), mean(...), svd_left(a - b, rank) or init(...)')
+        case ast.Call(func=ast.Name(id="shuffle"), args=[term], keywords=words):
+            seeds = [_whole(word.value, scope) for word in words if word.arg == "seed"]
+            if len(seeds) == len(words) <= 1:
+                return Shuffle(_read_expr(term, scope), *seeds)
+    expected = 'ref("a"), mean(...), svd_left(a - b, rank), init(...) or shuffle(ref("a"), seed=1)'
+    fail(node, "this is not a parameter expression", expected=expected)
 
 
 def _whole(node: ast.expr, scope: Scope) -> int:

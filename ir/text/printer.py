@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator, Sequence
 
-from depthc.ir.params import Expr, Init, Mean, Param, Ref, Svd
+from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.signature import Leaf, Signature
 from depthc.ir.text.fold import Statement, Words, fold, number, words, write
@@ -142,8 +142,9 @@ class _Printer:
                 return Statement((head, *until, "):"), self._ops(op.body))
             case Select():
                 parts: _Parts = [[words("string", op.rule)]]
-                parts += [["score=", words("value", op.score)]] if op.score is not None else []
-                parts += [["among=", words("value", op.among)]] if op.among is not None else []
+                names = {"score": op.score, "among": op.among, "of": op.of}
+                parts += [[f"{k}=", words("value", v)] for k, v in names.items() if v is not None]
+                parts += [["inference=", words("string", op.inference)]] if op.inference is not None else []
                 return _line(*_targets([op.write]), "select(", *_joined(parts), ")")
             case On():
                 parts = [[words("value", op.tokens)], ["reads=", *_tuple(op.reads)], ["writes=", *_tuple(op.writes)]]
@@ -258,7 +259,19 @@ def _expr(expr: Expr) -> list[Piece]:
         case Init(type=type, law=law, seed=seed):
             options: list[Piece] = [", seed=", number(seed)] if seed else []
             return ["init(", type_text(type), ", ", words("string", law), *options, ")"]
+        case Shuffle(term=term, seed=seed):
+            return ["shuffle(", *_expr(term), *([", seed=", number(seed)] if seed else []), ")"]
     raise TypeError(f"not a parameter expression: {expr!r}")
+
+
+def expr_text(expr: Expr) -> str:
+    """A parameter expression as the text of a program writes it.
+
+    Example:
+        >>> expr_text(Mean((Ref("a"), Ref("b"))))
+        'mean(ref("a"), ref("b"))'
+    """
+    return next(write([_line(*_expr(expr))], set()))
 
 
 # long lines

@@ -1,0 +1,58 @@
+"""Glue: small bodies that passes write op by op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from depthc.ir.body import Body, Input
+from depthc.ir.types import Type
+
+aten = torch.ops.aten
+
+
+class Glue:
+    """Builds a body.
+
+    Example:
+        >>> g = Glue()
+        >>> x = g.value("x", Type(torch.float32, ("b", "s")))
+        >>> len(g.body(g.op(aten.tanh.default, x)).nodes)
+        1
+    """
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+
+    def value(self, name: str, type: Type) -> fx.Node:
+        """A value input."""
+        return self._input(Input(name, "value", type))
+
+    def param(self, name: str, type: Type) -> fx.Node:
+        """A parameter slot."""
+        return self._input(Input(name, "param", type))
+
+    def _input(self, input: Input) -> fx.Node:
+        node = self.graph.placeholder(input.name.replace(".", "_"))
+        node.meta["input"] = input
+        return node
+
+    def op(self, target: Any, *args: Any) -> fx.Node:
+        """One op."""
+        return self.graph.call_function(target, args)
+
+    def cast(self, node: fx.Node, source: torch.dtype, target: torch.dtype) -> fx.Node:
+        """A value in another dtype; itself if it has that already."""
+        return node if source == target else self.op(aten.to.dtype, node, target)
+
+    def body(self, *results: fx.Node) -> Body:
+        """The body that returns these."""
+        self.graph.output(tuple(results))
+        return Body(self.graph)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of routers, gates, scores and loss terms: fp32, or better if the model is."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,116 @@
+"""The layers of a stack as passes see them: its applications of blocks in order, with loops written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from depthc.ir.evaluate import indexed
+from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
+from depthc.passes.base import Pass
+
+
+def stack_of(one: Pass, program: Program, which: int | str | None) -> Stack:
+    """The stack that a pass works on: by name or number; None is the last one, an encoder-decoder's decoder."""
+    stacks = program.stacks
+    found = [s for i, s in enumerate(stacks) if which in (s.name, i) or (which is None and i == len(stacks) - 1)]
+    if not found:
+        names = ", ".join(f"{i} ({s.name!r})" for i, s in enumerate(stacks))
+        raise one.refuse(
+            "there is no such stack",
+            expected=names,
+            found=repr(which),
+            remedy="name one of these" if stacks else "capture a model with repeated layers",
+        )
+    return found[0]
+
+
+def with_stack(program: Program, old: Stack, ops: Sequence[Op]) -> Program:
+    """The program with other ops in one of its stacks."""
+    body = tuple(replace(old, ops=tuple(ops)) if item is old else item for item in program.body)
+    return replace(program, body=body)
+
+
+def unrolled(ops: Sequence[Op], indices: Mapping[str, int] | None = None) -> Iterator[Op]:
+    """Ops with every loop of a static count written out."""
+    for op in ops:
+        if isinstance(op, Loop) and isinstance(op.count, int) and op.until is None:
+            for index in range(op.count):
+                yield from unrolled(op.body, {**(indices or {}), op.index: index})
+        elif isinstance(op, Call | Segment) and indices:
+            yield replace(op, params=tuple(indexed(p, indices) for p in op.params))
+        else:
+            yield op
+
+
+def layers_of(one: Pass, stack: Stack) -> tuple[list[Op], list[int]]:
+    """The ops of a stack with loops written out, and the places of its layers among them."""
+    ops = list(unrolled(stack.ops))
+    for op in ops:
+        if not isinstance(op, Call | Segment):
+            raise one.refuse(
+                f"the stack {stack.name!r} has been rewritten before",
+                expected="layers alone",
+                found=f"{type(op).__name__.lower()} in it",
+                remedy=f"put {type(one).__name__.lower()} earlier in the recipe",
+            )
+    return ops, [i for i, op in enumerate(ops) if isinstance(op, Call)]
+
+
+def reads_and_writes(ops: Sequence[Op]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The names that ops read before they write them, in order, and all that they write."""
+    read: dict[str, None] = {}
+    written: set[str] = set()
+    for op in ops:
+        match op:
+            case Call() | Segment():
+                names, made = op.reads, op.writes
+            case Select():
+                names, made = tuple(n for n in (op.score, op.among, op.of) if n), (op.write,)
+            case On():
+                names, made = (op.tokens, *op.reads), op.writes
+            case Merge():
+                names, made = (op.read, op.value, op.tokens, *op.extra), (op.write,)
+            case Tap():
+                names, made = (op.read,), ()
+            case Loop():
+                names, inner = reads_and_writes(op.body)
+                made = tuple(inner)
+        read.update(dict.fromkeys(n for n in names if n not in written))
+        written.update(made)
+    return tuple(read), frozenset(written)
+
+
+def names_in(program: Program) -> set[str]:
+    """Every name of a value, an index or a tap, which a pass must not take for something else."""
+
+    def walk(ops: Sequence[Op | Segment | Stack]) -> Iterator[str]:
+        for op in ops:
+            for name in ("reads", "writes", "extra"):
+                yield from getattr(op, name, ())
+            for name in ("write", "read", "value", "tokens", "index", "name"):
+                yield from filter(None, (getattr(op, name, None),))
+            yield from walk(getattr(op, "body", ()) if isinstance(op, Loop | On) else getattr(op, "ops", ()))
+
+    return {*walk(program.body), *(leaf.name for leaf in program.signature.inputs)}
+
+
+def without_unused_params(program: Program, kept: set[str]) -> Program:
+    """The program without the parameters that no op reads any more; `kept` were read by none before."""
+    used = kept | used_params(program)
+    return replace(program, params={n: p for n, p in program.params.items() if n in used})
+
+
+def used_params(program: Program) -> set[str]:
+    """The parameters that ops read, in any iteration of the loops around them."""
+
+    def walk(ops: Sequence[Op | Segment | Stack], indices: Mapping[str, int]) -> Iterator[str]:
+        for op in ops:
+            yield from (indexed(p, indices) for p in getattr(op, "params", ()))
+            if isinstance(op, Loop):
+                for index in range(op.count if isinstance(op.count, int) else 1):
+                    yield from walk(op.body, {**indices, op.index: index})
+            elif isinstance(op, On | Stack):
+                yield from walk(op.body if isinstance(op, On) else op.ops, indices)
+
+    return set(walk(program.body, {}))

@@ -1,0 +1,35 @@
+"""The recipes that have a name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from depthc.passes.loop import Loop
+from depthc.passes.recipe import Recipe
+from depthc.passes.route import Route
+from depthc.passes.tie import Tie
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe((), "identity"),
+        Recipe((Loop(),), "roll"),
+        Recipe((Tie(loops=0, sharing="cycle"),), "albert"),
+        Recipe((Tie(loops=3, sharing="middle_cycle"), Route()), "mor"),
+    )
+}
+
+
+def recipe_of(recipe: Any, options: Mapping[str, Any]) -> Recipe:
+    """A recipe given by name, as text, as a pass or as itself, with options.
+
+    Raises:
+        RecipeError: no such recipe, pass or option; names the nearest.
+    """
+    from depthc.passes.base import Pass
+
+    if isinstance(recipe, Pass):
+        recipe = Recipe((recipe,))
+    found = recipe if isinstance(recipe, Recipe) else Recipe.parse(recipe)
+    return found.with_options(options)

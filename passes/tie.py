@@ -1,0 +1,192 @@
+"""tie: layers share parameters (ALBERT, arXiv 1909.11942; RRT, arXiv 2410.20672; MoR, arXiv 2507.10524).
+
+`sharing.py` says which layer becomes which slot, and which layers a slot is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from depthc.ir.names import Names
+from depthc.ir.params import Expr, Mean, Param, Ref, Shuffle
+from depthc.ir.program import Call, Op, Program, Segment, Stack
+from depthc.passes.base import Pass
+from depthc.passes.layers import layers_of, names_in, stack_of, used_params, with_stack, without_unused_params
+from depthc.passes.loop import rolled
+from depthc.passes.norms import norm_slots
+from depthc.passes.sharing import INITS, SHARINGS, Sharing, legal_loops
+
+
+@dataclass(frozen=True)
+class Tie(Pass):
+    """Share parameters between the layers of a stack, and roll what repeats into a loop.
+
+    Slot k keeps the names of the first layer that uses it; its values come from the layers that `init` says. Everything
+    in a layer is tied, norms too.
+
+    Options:
+        loops: how often the shared layers are applied; it divides the layers (without the two outer ones, if they are
+            kept). For one shared layer, as in ALBERT, as many as there are layers: `loops=0`.
+        sharing: "cycle", "sequence", "middle_cycle", "middle_sequence" or "cycle_rev" (recipes: section 1).
+        init: "stepwise", "average", "lower", "upper", "random" (fresh values) or "random_layers".
+        round: "" for integer division in "stepwise", "mor" to round as its released code does.
+        fit: "" refuses layers that do not divide; "resample" leaves layers out, evenly spread.
+        norms: "tied", or "per_depth": vectors that are no bias of a product stay each layer's own.
+        stack: name or number; the last one by default.
+        name: of the loop's index.
+        seed: of "random" and "random_layers".
+
+    Raises:
+        RecipeError: the layers do not divide, or two layers of a slot are not the same function of their parameters.
+
+    Example:
+        >>> print(Tie(loops=3, sharing="middle_cycle"))
+        tie(loops=3, sharing="middle_cycle")
+    """
+
+    loops: int = 2
+    sharing: str = "cycle"
+    init: str = "stepwise"
+    round: str = ""
+    fit: str = ""
+    norms: str = "tied"
+    stack: int | str | None = None
+    name: str = "r"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.require_whole("loops", 0)
+        self.require_one_of("sharing", SHARINGS)
+        self.require_one_of("init", INITS)
+        self.require_one_of("round", ("", "mor"))
+        self.require_one_of("fit", ("", "resample"))
+        self.require_one_of("norms", ("tied", "per_depth"))
+
+    def apply(self, program: Program) -> Program:
+        """The program with fewer parameters."""
+        stack = stack_of(self, program, self.stack)
+        ops, places = layers_of(self, stack)
+        sharing = self._sharing(stack, len(places))
+        original: list[Call] = [ops[i] for i in places]  # type: ignore[misc]
+        if len(sharing.kept) < len(places):
+            ops, places = self._resampled(stack, ops, places, sharing)
+        layers: list[Call] = [ops[i] for i in places]  # type: ignore[misc]
+        first = self._agree(program, stack, layers, sharing)
+        params = dict(program.params)
+        for slot, number in enumerate(first):
+            sources = [original[i] for i in sharing.sources(slot, self.init, self.round, self.seed)]
+            params.update(self._values(program, layers[number], sources, original, self.seed + slot))
+        for place, slot in zip(places, sharing.slots, strict=True):
+            ops[place] = self._bound(program, ops[place], layers[first[slot]])  # type: ignore[arg-type]
+        unused = program.params.keys() - used_params(program)
+        tied = self._rolled(replace(program, params=params), stack, ops, places, sharing)
+        return without_unused_params(tied, unused)
+
+    def _sharing(self, stack: Stack, count: int) -> Sharing:
+        loops = self.loops or count
+        legal = legal_loops(self.sharing, count)
+        if loops not in legal and not (self.fit and loops <= max(legal)):
+            outer = " without the first and the last" if self.sharing.startswith("middle") else ""
+            near = sorted(legal, key=lambda n: (abs(n - loops), n))[:3]
+            raise self.refuse(
+                f"{loops} loops do not divide the {count} layers of {stack.name!r}{outer}",
+                expected="loops of " + ", ".join(map(str, sorted(near))) if near else "more layers",
+                found=f"loops={loops}",
+                remedy=f'use loops={near[0]}, or fit="resample"' if near else "use another sharing",
+            )
+        return Sharing(self.sharing, count, loops)
+
+    def _resampled(
+        self, stack: Stack, ops: list[Op], places: list[int], sharing: Sharing
+    ) -> tuple[list[Op], list[int]]:
+        """The ops without the layers that are left out."""
+        if any(isinstance(op, Segment) for op in ops):
+            remedy = "use loops that divide the layers"
+            raise self.refuse(f"layers of {stack.name!r} with ops between them cannot be left out", remedy=remedy)
+        return [ops[places[i]] for i in sharing.kept], list(range(len(sharing.kept)))
+
+    def _agree(self, program: Program, stack: Stack, layers: Sequence[Call], sharing: Sharing) -> list[int]:
+        """The first layer of every slot; all others of the slot must be the same function of their parameters."""
+        first = [sharing.slots.index(slot) for slot in range(sharing.unique)]
+        for number, slot in enumerate(sharing.slots):
+            differs = difference(program, layers[first[slot]], layers[number])
+            if differs:
+                period = _period(program, layers)
+                raise self.refuse(
+                    f"layers {first[slot]} and {number} of {stack.name!r} are to share parameters, but are not the"
+                    f" same function of them: {differs}",
+                    where=layers[number].layer,
+                    expected="layers that agree in all that is no trained parameter",
+                    found=f"{sharing.unique} unique layers",
+                    remedy=f"use a number of unique layers that is a multiple of {period}"
+                    if period < len(layers)
+                    else "leave this stack as it is",
+                )
+        return first
+
+    def _values(
+        self, program: Program, layer: Call, sources: Sequence[Call], layers: Sequence[Call], seed: int
+    ) -> dict[str, Param]:
+        """The parameters of a slot, under the names of `layer`, with the expressions of their values."""
+        own = norm_slots(program.blocks[layer.block]) if self.norms == "per_depth" else frozenset()
+        found: dict[str, Param] = {}
+        for number, name in enumerate(layer.params):
+            param = program.params[name]
+            common = all(other.params[number] == name for other in layers)
+            if param.kind in ("buffer", "constant") or number in own or common:
+                continue
+            names = [source.params[number] for source in sources]
+            terms: list[Expr] = [program.params[n].expr or Ref(n) for n in names]
+            expr = terms[0] if len(set(terms)) == 1 else Mean(tuple(terms))
+            if self.init == "random":
+                expr = Shuffle(expr, seed)
+            found[name] = replace(param, expr=None if expr == Ref(name) else expr)
+        return found
+
+    def _bound(self, program: Program, call: Call, first: Call) -> Call:
+        """A layer bound to the parameters of its slot's first layer."""
+        own = norm_slots(program.blocks[call.block]) if self.norms == "per_depth" else frozenset()
+        names = zip(call.params, first.params, strict=True)
+        return replace(call, params=tuple(mine if i in own else shared for i, (mine, shared) in enumerate(names)))
+
+    def _rolled(self, program: Program, stack: Stack, ops: list[Op], places: list[int], sharing: Sharing) -> Program:
+        """What repeats as a loop, the outer layers outside."""
+        trained = {name for name, p in program.params.items() if p.kind == "parameter"}
+        start, stop = (1, -1) if sharing.middle else (0, len(places))
+        begin = places[start] if start else 0
+        end = places[stop] if sharing.middle else len(ops)
+        inner = rolled(ops[begin:end], Names(names_in(program)), trained, self.name)
+        return with_stack(program, stack, (*ops[:begin], *inner, *ops[end:]))
+
+
+def difference(program: Program, one: Call, other: Call) -> str:
+    """In what two layers differ beside their trained parameters; "" if in nothing."""
+    carries = program.blocks[one.block].carries
+    if one.block != other.block:
+        return f"one is a {one.block}, the other a {other.block}"
+    if one.consts != other.consts:
+        return f"their constants are {one.consts} and {other.consts}"
+    if one.reads[carries:] != other.reads[carries:]:
+        pairs = zip(one.reads[carries:], other.reads[carries:], strict=True)
+        return "they read {} and {}".format(*next((a, b) for a, b in pairs if a != b))
+    for a, b in zip(one.params, other.params, strict=True):
+        kind = program.params[a].kind
+        if a != b and kind in ("buffer", "constant") and not _equal_weights(program, a, b):
+            return f"their buffers {a} and {b} differ"
+    return ""
+
+
+def _equal_weights(program: Program, a: str, b: str) -> bool:
+    one, other = program.weights.get(a), program.weights.get(b)
+    return one is not None and other is not None and not one.is_meta and torch.equal(one, other)
+
+
+def _period(program: Program, layers: Sequence[Call]) -> int:
+    """The smallest distance at which all layers agree."""
+    for period in range(1, len(layers)):
+        if all(not difference(program, a, b) for a, b in zip(layers, layers[period:], strict=False)):
+            return period
+    return len(layers)
