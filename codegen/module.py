@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from depthc.codegen.aux import Aux
 from depthc.codegen.loops import LoopBody
+from depthc.codegen.rows import RowsLowering
 from depthc.ir import sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import InputError, StateDictError
 from depthc.ir.evaluate import Evaluator, WeightParams
 from depthc.ir.program import Loop, Merge, On, Op, Program, Segment, Stack
-from depthc.ir.rows.run import run_rows
 from depthc.ir.signature import device_of
 from depthc.passes.pipeline import Step
 from depthc.passes.recipe import Recipe
@@ -53,7 +53,9 @@ class DepthModule(nn.Module):
         for name, param in program.params.items():
             self._register(name, values(name), param.kind, made)
         self._functions = {body: _function(body) for body in _bodies(program)}
+        self._rows = RowsLowering()
         self._blocks = {block.body for block in program.blocks.values()}
+        self.program = program.with_weights(_Weights(self))
 
     def _register(self, name: str, value: Tensor, kind: str, made: dict[int, Tensor]) -> None:
         owner: nn.Module = self
@@ -104,7 +106,7 @@ class DepthModule(nn.Module):
         return self.program.signature.unflatten(values), Aux(evaluator.taps)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Keep no activations inside blocks in training, and compute them again backward; choices of tokens are kept."""
+        """Keep no activations inside blocks in training but compute them again backward; choices of tokens are kept."""
         self._checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -124,8 +126,9 @@ class DepthModule(nn.Module):
         evaluator = Evaluator(
             self.program, self.parameter_of, device, self.training, self._run_body, selection=self.selection
         )
+        evaluator.run_rows = self._rows
         if self._checkpointing and self.training:
-            evaluator.run_rows = partial(checkpoint, run_rows, use_reentrant=False)
+            evaluator.run_rows = partial(checkpoint, self._rows, use_reentrant=False)
         return evaluator
 
     def _run_body(self, body: Body, inputs: Sequence[Any]) -> Sequence[Any]:
@@ -203,6 +206,22 @@ class DepthModule(nn.Module):
                 else "pass strict=False to load what matches",
             )
         return super().load_state_dict(state_dict, strict, assign)
+
+
+class _Weights(Mapping[str, Tensor]):
+    """A module's parameters as the weights of its program: those of now, whatever became of them since."""
+
+    def __init__(self, module: DepthModule) -> None:
+        self.module = module
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.module.parameter_of(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.module._owners)
+
+    def __len__(self) -> int:
+        return len(self.module._owners)
 
 
 def lower(

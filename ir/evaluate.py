@@ -13,9 +13,9 @@ from depthc.ir.body import Body, interpret
 from depthc.ir.errors import InputError
 from depthc.ir.params import value_of
 from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
-from depthc.ir.signature import device_of
 from depthc.ir.rows.run import run_rows
 from depthc.ir.selection import select
+from depthc.ir.signature import device_of
 from depthc.ir.tokens import TokenSet
 
 
@@ -143,7 +143,7 @@ class Evaluator:
         body = op.body if isinstance(op, Segment) else self.program.blocks[op.block].body
         consts = op.consts if isinstance(op, Call) else ()
         params = [self.param(indexed(name, indices)) for name in op.params]
-        reads = [v.mask if isinstance(v := values[r], TokenSet) else v for r in op.reads]
+        reads = [_data(values[r]) for r in op.reads]
         inputs = body.arrange(reads, params, consts, training=self.training, device=self.device)
         grad = not isinstance(op, Call) or op.grad is None or bool(sizes.evaluate(op.grad, indices))
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
@@ -157,6 +157,11 @@ class Evaluator:
         carries = [values[name] for name in op.reads[: block.carries]]
         sides = [values[name] for name in op.reads[block.carries :]]
         run_planned(self, op, carries, sides, values, indices)
+
+
+def _data(value: Any) -> Any:
+    """A value as a body reads it: a token set is its mask."""
+    return value.mask if isinstance(value, TokenSet) else value
 
 
 def indexed(name: str, indices: Mapping[str, int]) -> str:

@@ -40,7 +40,7 @@ class Region(Evaluator):
 
     def apply(self, op: Segment | Call, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Run a block on the rows; a segment of a region reads rows alone."""
-        if isinstance(op, Segment):
+        if isinstance(op, Segment) or (self.tokens.everyone and not op.kv):
             super().apply(op, values, indices)
             return
         block = self.program.blocks[op.block]

@@ -7,8 +7,8 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from depthc.ir.names import closest
 from depthc.ir.errors import RecipeError, VerifyError
+from depthc.ir.names import closest
 from depthc.ir.program import Program
 from depthc.ir.text.functions import walk
 from depthc.ir.text.printer import expr_text

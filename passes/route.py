@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.ports import ports_of
@@ -64,7 +65,7 @@ class Route(Pass):
         self.require_one_of("kv", ("recursion", "share_first"))
         given = self.capacities or ()
         fits = all(isinstance(c, int | float) and 0 < c <= 1 for c in given)
-        if not fits or any(b > a for a, b in zip(given, given[1:], strict=False)):
+        if not fits or any(b > a for a, b in pairwise(given)):
             raise self.refuse(
                 "these are no capacities",
                 expected="a share of the tokens for every recursion, in (0, 1], none above the one before",

@@ -129,7 +129,7 @@ ROWS = (Select("A", "all", "score"), On("A", ("h",), ("y",), (call(writes=("y",)
         ([Select("A", "best(3)", "score")], "not a selection rule"),
         ([Select("A", "topk(1.5)", "score")], "not a selection rule"),
         ([Select("A", "stride(0)", "score")], "not a selection rule"),
-        ([Select("A", "threshold(x)", "score")], "not a selection rule"),
+        ([Select("A", "threshold(x)", "score")], "a rule reads an unknown name"),
         ([Select("A", "atleast(q)", "score")], "a rule reads an unknown name"),
         ([Select("A", "topk(0.5)")], "needs a score"),
         ([Select("A", "all")], "needs a score"),

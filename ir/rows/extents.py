@@ -93,7 +93,7 @@ class Extents:
         for node in axes.block.body.placeholders_of("value")[axes.block.carries :]:
             for d, dim in enumerate(axes.labels[node]):
                 if dim in ((axes.token,), (axes.key,)):
-                    return int(self.feeds[node].shape[d])
+                    return self.feeds[node].shape[d]
         return None
 
     def number(self, node: fx.Node) -> Any:
@@ -112,7 +112,7 @@ class Extents:
         axes = self.schedule.axes
         if source in axes.moving and axes.token in axes.labels[source][d]:
             return self.full(axes.labels[source][d])
-        return int(self.feeds[source].shape[d])
+        return self.feeds[source].shape[d]
 
 
 def _end(rows: Rows) -> int:

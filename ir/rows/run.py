@@ -17,7 +17,7 @@ from depthc.ir.errors import SubsetError
 from depthc.ir.program import Block, Kv
 from depthc.ir.rows.execution import Cache, Execution
 from depthc.ir.rows.gather import Rows
-from depthc.ir.rows.schedule import Source, schedule_of
+from depthc.ir.rows.schedule import Schedule, Source, schedule_of
 
 
 def run_rows(
@@ -66,17 +66,28 @@ def run_rows(
     Example:
         >>> (rows,), _ = run_rows(block, [h[:, :3]], sides, params)  # doctest: +SKIP
     """
+    schedule, given, stored = prepare(block, kv, caches)
+    feeds = block.body.arrange(
+        (*carries, *sides), params, consts, training=training, device=device or carries[0].device
+    )
+    run = Execution(schedule, feeds, given, positions, Rows(0, key_positions, key_valid), valid, ordered, length)
+    return run.results(), tuple(run.cache(port, own) for port, own in enumerate(stored))
+
+
+def prepare(
+    block: Block, kv: Sequence[Kv], caches: Sequence[Cache | None]
+) -> tuple[Schedule, tuple[Cache | None, ...], tuple[bool, ...]]:
+    """The schedule of a call of `run_rows`, its caches, and which of its ports store their keys.
+
+    Raises:
+        SubsetError: as `run_rows`.
+    """
     analyse(block).require_legal()
     count = len(ports_of(block))
     plans, given = _matched(block, count, kv, Kv()), _matched(block, count, caches, None)
     sources = tuple(_source(plan, cache) for plan, cache in zip(plans, given, strict=True))
     stored = tuple(plan.mode == "store" for plan in plans)
-    schedule = schedule_of(block, sources, stored)
-    feeds = block.body.arrange(
-        (*carries, *sides), params, consts, training=training, device=device or carries[0].device
-    )
-    run = Execution(schedule, feeds, given, positions, Rows(0, key_positions, key_valid), valid, ordered, length)
-    return run.results(), tuple(run.cache(port, stored[port]) for port in range(count))
+    return schedule_of(block, sources, stored), given, stored
 
 
 def _matched(block: Block, count: int, given: Sequence, default: object) -> tuple:

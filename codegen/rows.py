@@ -1,0 +1,230 @@
+"""Rows lowering: a block on a subset of its tokens as one FX graph.
+
+`run_rows` decides in Python what every op is told. Those decisions depend on what is given (positions, validity,
+caches), not on data or sizes. So it is traced once for every combination of them, with symbolic sizes, and from then on
+the graph runs: it is faster, and torch.compile takes it like any body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree as pytree
+
+from depthc.ir import sizes
+from depthc.ir.axes.analysis import analyse
+from depthc.ir.axes.caches import Cached, cached_of
+from depthc.ir.axes.ports import ports_of
+from depthc.ir.program import Block, Kv
+from depthc.ir.rows.execution import Cache
+from depthc.ir.rows.run import prepare, run_rows
+from depthc.ir.types import Type
+
+# Sizes to trace at. They are all different, so that no two dimensions become one by chance.
+_BATCH, _ROWS, _KEYS, _OTHERS = 3, 7, 13, (19, 23, 29, 31, 37, 41, 43)
+
+_ROW_SIZES = {"positions": _ROWS, "valid": _ROWS, "key_positions": _KEYS, "key_valid": _KEYS}
+
+Arguments = dict[str, Any]
+
+
+class RowsLowering:
+    """`run_rows` with a graph for every way in which it is called; the same arguments and results.
+
+    Args:
+        compile: applied to every graph's function.
+    """
+
+    def __init__(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function) -> None:
+        self._compile = compile
+        self._graphs: dict[Any, Callable[..., Any]] = {}
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(
+        self,
+        block: Block,
+        carries: Sequence[Tensor],
+        sides: Sequence[Any],
+        params: Sequence[Tensor],
+        consts: Sequence[float],
+        *,
+        kv: Sequence[Kv],
+        caches: Sequence[Cache | None],
+        length: int | None,
+        ordered: bool,
+        training: bool,
+        device: torch.device,
+        **rows: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
+        """See `depthc.ir.rows.run.run_rows`."""
+        ruler = None if length is None else carries[0].new_empty((length, 0))  # a size that is passed as a tensor
+        tensors: Arguments = {"carries": tuple(carries), "sides": tuple(sides), "params": tuple(params)}
+        tensors |= {"ruler": ruler, "caches": tuple(caches), **{name: rows.get(name) for name in _ROW_SIZES}}
+        modes = tuple(plan.mode for plan in kv)
+        way = _Way(block, tuple(consts), modes, ordered, training, device)
+        leaves, spec = pytree.tree_flatten(tensors)
+        key = (block.body, block.carries, *way.options, str(spec), tuple(map(_kind, leaves)))
+        if key not in self._graphs:
+            self._graphs[key] = self._compile(_trace(way, tensors))
+        return self._graphs[key](*(leaf for leaf in leaves if isinstance(leaf, Tensor)))  # type: ignore[no-any-return]
+
+
+def _kind(leaf: Any) -> Any:
+    """What of a leaf a graph depends on: whether it is there, and which of its sizes are 1."""
+    return tuple(size == 1 for size in leaf.shape) if isinstance(leaf, Tensor) else leaf
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a block is called, its tensors aside."""
+
+    block: Block
+    consts: tuple[float, ...]
+    modes: tuple[str, ...]
+    ordered: bool
+    training: bool
+    device: torch.device
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        return self.consts, self.modes, self.ordered, self.training, str(self.device)
+
+    @property
+    def plans(self) -> list[Kv]:
+        return [Kv(mode, "" if mode == "fresh" else "slot") for mode in self.modes]  # type: ignore[arg-type]
+
+    def run(self, tensors: Arguments) -> Any:
+        given = dict(tensors)
+        ruler = given.pop("ruler")
+        return run_rows(
+            self.block,
+            consts=self.consts,
+            kv=self.plans,
+            length=None if ruler is None else ruler.shape[0],
+            ordered=self.ordered,
+            training=self.training,
+            device=self.device,
+            **given,
+        )
+
+
+def _trace(way: _Way, tensors: Arguments) -> Callable[..., Any]:
+    """The function of one way to call `run_rows`, from its tensors in order."""
+    prepare(way.block, way.plans, tensors["caches"])  # analyses run on real tensors
+    leaves, spec = pytree.tree_flatten(tensors)
+    shapes: list[pytree.TreeSpec] = []
+
+    def run(*given: Tensor) -> list[Any]:
+        feed = iter(given)
+        restored = [next(feed) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        flat, shape = pytree.tree_flatten(way.run(pytree.tree_unflatten(restored, spec)))
+        shapes.append(shape)
+        return flat
+
+    examples = pytree.tree_leaves(_Examples(way.block, tensors).all())
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
+        fakes = [example.fake(mode) for example in examples if example is not None]
+        with torch.no_grad(), torch.autocast(way.device.type, enabled=False):
+            graph = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes).graph
+    graph.eliminate_dead_code()
+    forward, shape = fx.GraphModule(nn.Module(), graph).forward, shapes[-1]
+
+    def lowered(*given: Tensor) -> Any:
+        return pytree.tree_unflatten(forward(*given), shape)
+
+    return lowered
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A tensor to trace with; the sizes in `dims` are symbols, equal ones the same symbol."""
+
+    tensor: Tensor
+    dims: tuple[int, ...] = ()
+
+    def fake(self, mode: FakeTensorMode) -> Tensor:
+        kinds = [DimDynamic.DUCK if d in self.dims else DimDynamic.STATIC for d in range(self.tensor.dim())]
+        return mode.from_tensor(self.tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
+
+
+class _Examples:
+    """Examples for the tensors of a real call, in their structure: sizes that may vary are replaced by chosen ones."""
+
+    def __init__(self, block: Block, tensors: Arguments) -> None:
+        self.block, self.tensors, self.axes = block, tensors, analyse(block)
+        self.inputs = block.body.inputs_of("value")
+        names = sorted({n for i in self.inputs if isinstance(i.type, Type) for n in i.type.size_names()} - {"b"})
+        self.hints = {"b": _BATCH, **dict(zip(names, _OTHERS, strict=False))}
+        label = self.axes.labels[block.body.placeholders_of("value")[0]]
+        self.batch_dim, self.token_dim = label.index((self.axes.batch,)), label.index((self.axes.token,))
+        self.length = self.inputs[0].type.shape[self.token_dim]  # type: ignore[union-attr]
+        self.batch = tensors["carries"][0].shape[self.batch_dim]
+
+    def all(self) -> Arguments:
+        """The examples."""
+        given = self.tensors
+        carries, sides = self.inputs[: self.block.carries], self.inputs[self.block.carries :]
+        ruler = given["ruler"]
+        return {
+            "carries": tuple(self._carry(i.type, t) for i, t in zip(carries, given["carries"], strict=True)),
+            "sides": tuple(self._value(i.type, t, {}) for i, t in zip(sides, given["sides"], strict=True)),
+            "params": tuple(_Example(t.detach()) for t in given["params"]),
+            "ruler": None if ruler is None else _Example(ruler.new_empty((self._length, 0)), (0,)),
+            "caches": tuple(self._cache(port, cache) for port, cache in enumerate(given["caches"])),
+            **{name: self._rows(given[name], count) for name, count in _ROW_SIZES.items()},
+        }
+
+    @property
+    def _length(self) -> int:
+        return sizes.evaluate(self.length, self.hints)
+
+    def _carry(self, type: Type, tensor: Tensor) -> _Example:
+        rows = self._length if self.tensors["positions"] is None else _ROWS
+        return self._value(type, tensor, {self.token_dim: rows})
+
+    def _value(self, type: Type, tensor: Tensor, known: Mapping[int, int]) -> _Example:
+        """An example of a body's input; `known` are sizes that are not those of its type."""
+        wanted = {d: sizes.evaluate(s, self.hints) for d, s in enumerate(type.shape) if isinstance(s, str)} | known
+        return self._made(tensor, wanted, type.dtype)
+
+    def _made(self, tensor: Tensor, wanted: Mapping[int, int], dtype: torch.dtype) -> _Example:
+        dims = tuple(d for d in wanted if tensor.shape[d] != 1)
+        shape = [wanted[d] if d in dims else size for d, size in enumerate(tensor.shape)]
+        return _Example(torch.zeros(shape, dtype=dtype, device=tensor.device), dims)
+
+    def _rows(self, tensor: Tensor | None, count: int) -> _Example | None:
+        return None if tensor is None else self._made(tensor, {0: _BATCH, 1: count}, tensor.dtype)
+
+    def _cache(self, port: int, cache: Cache | None) -> tuple[_Example, ...] | None:
+        if cache is None:
+            return None
+        return tuple(self._cached(port, c, t) for c, t in zip(cached_of(self.block)[port], cache, strict=True))
+
+    def _cached(self, port: int, cached: Cached, tensor: Tensor) -> _Example:
+        """An example of a cached tensor: its batch and its keys may be merged with other dimensions."""
+        names = {size: name for name, size in self.axes.probe.sizes.items()}
+        axis = ports_of(self.block)[port].axis
+        own = self.tensors["key_positions"]
+        keys = (
+            self.hints.get(names.get(axis.size, ""), axis.size)
+            if axis.kind != "key"
+            else _KEYS
+            if own is not None
+            else self._length
+        )
+        wanted: dict[int, int] = {}
+        for d, dim in enumerate(cached.label):
+            factor = 1
+            for atom in dim:
+                here = {self.axes.batch: _BATCH if self.batch > 1 else 1, self.axes.token: keys, axis: keys}.get(atom)
+                factor *= atom.size if here is None else here
+            if d in (cached.batch, cached.dim):
+                wanted[d] = factor
+        return self._made(tensor, wanted, tensor.dtype)

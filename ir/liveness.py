@@ -1,0 +1,81 @@
+"""Liveness: a program without what only its taps read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
+
+
+def without_taps(program: Program) -> Program:
+    """The program without taps, and without ops that only they need (losses)."""
+    live = {output for output in program.signature.outputs if isinstance(output, str)}
+    body: list[Segment | Stack] = []
+    for item in reversed(program.body):
+        if isinstance(item, Stack):
+            ops, live = _live(item.ops, live)
+            body.append(replace(item, ops=ops))
+        else:
+            body.append(item)
+            live = live - {*item.writes} | {*item.reads}
+    return replace(program, body=tuple(reversed(body)))
+
+
+def _live(ops: Sequence[Op], after: set[str]) -> tuple[tuple[Op, ...], set[str]]:
+    """The ops that values read afterwards need, and what must be there before them."""
+    kept: list[Op] = []
+    for op in reversed(ops):
+        reads, writes = reads_of(op), writes_of(op)
+        if isinstance(op, Tap) or not writes & after:
+            continue
+        if isinstance(op, Loop):
+            op, inner = _live_loop(op, after)
+            after = after | inner  # it may run no iteration
+        elif isinstance(op, On):
+            body, inner = _live(op.body, writes & after)
+            op = replace(op, body=body, writes=tuple(w for w in op.writes if w in after))
+            after = after - writes | {op.tokens} | (reads & inner)
+            op = replace(op, reads=tuple(r for r in op.reads if r in inner))
+        else:
+            after = after - writes | reads
+        kept.append(op)
+    return tuple(reversed(kept)), after
+
+
+def _live_loop(op: Loop, after: set[str]) -> tuple[Loop, set[str]]:
+    """What an iteration hands to the next is read as well."""
+    needed = after | ({op.until} if op.until else set())
+    while True:
+        body, before = _live(op.body, needed)
+        if before <= needed:
+            return replace(op, body=body), before
+        needed = needed | before
+
+
+def reads_of(op: Op) -> set[str]:
+    """The names that an op reads, at its outside."""
+    match op:
+        case Call() | Segment():
+            return set(op.reads)
+        case On():
+            return {op.tokens, *op.reads}
+        case Select():
+            return {n for n in (op.score, op.among, op.of) if n is not None}
+        case Merge():
+            return {op.read, op.value, op.tokens, *op.extra}
+        case Tap():
+            return {op.read}
+    return set().union(*map(reads_of, op.body))
+
+
+def writes_of(op: Op) -> set[str]:
+    """The names that an op writes, at its outside."""
+    match op:
+        case Call() | Segment() | On():
+            return set(op.writes)
+        case Select() | Merge():
+            return {op.write}
+        case Loop():
+            return set().union(*map(writes_of, op.body))
+    return set()

@@ -1,0 +1,247 @@
+"""Steps: the evaluation of some new tokens after a past."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from depthc.ir import sizes
+from depthc.ir.axes.caches import cached_of
+from depthc.ir.axes.ports import ports_of
+from depthc.ir.errors import IncrementalError
+from depthc.ir.evaluate import Evaluator, WeightParams, indexed
+from depthc.ir.plans import Kind, Plan, as_block, kinds_of, token_dim
+from depthc.ir.program import Block, Call, Kv, Loop, Merge, On, Op, Program, Segment, Select
+from depthc.ir.regions import settled
+from depthc.ir.rows.execution import Cache
+from depthc.ir.rows.gather import Rows
+from depthc.ir.rows.run import run_rows
+from depthc.ir.signature import device_of
+from depthc.ir.tokens import TokenSet
+
+if TYPE_CHECKING:
+    from depthc.ir.incremental import Past
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What the attention ports of one application keep, and the tokens that it is of.
+
+    Batch rows may keep different numbers of tokens: `keys.valid` says which rows are there.
+    """
+
+    caches: tuple[Cache | None, ...]
+    keys: Rows
+
+
+class Steps:
+    """Evaluates the tokens from `past.length` up to `length`."""
+
+    def __init__(self, program: Program, plan: Plan, past: Past, tensors: Mapping[str, Tensor], length: int) -> None:
+        self.program, self.plan, self.past, self.length = program, plan, past, length
+        device = device_of(tensors)
+        self.evaluator = Evaluator(program, WeightParams(program), device)
+        self.values: dict[str, Any] = {**past.fixed, **tensors}
+        self.kinds: dict[str, Kind] = {leaf.name: plan.kinds[leaf.name] for leaf in program.signature.inputs}
+        self.caches: dict[str, Kept] = {}
+        self.stream: Tensor | None = None
+        self.device, self.fresh = device, length - past.length
+
+    def ops(self, ops: Sequence[Op], site: str, indices: Mapping[str, int]) -> None:
+        """Run ops in order; `site` names their place, for the caches."""
+        for number, op in enumerate(ops):
+            match op:
+                case Loop():
+                    for index in range(sizes.evaluate(op.count, indices)):
+                        self.ops(op.body, f"{site}.{number}[{index}]", {**indices, op.index: index})
+                case Select():
+                    self.select(op, indices)
+                case On():
+                    self.on(op, f"{site}.{number}", indices)
+                case Merge():
+                    self.merge(op, indices)
+                case Segment() | Call():
+                    self.apply(op, f"{site}.{number}", indices)
+
+    def apply(self, op: Segment | Call, site: str, indices: Mapping[str, int]) -> None:
+        """Run a segment or a block, on the new tokens if it is among the layers or behind them."""
+        found = kinds_of(op, self.kinds)
+        if "rows" in found.values():
+            self.rows(op, site, indices)
+        elif "full" in found.values() or not self.past.length:
+            self.evaluator.apply(op, self.values, indices)
+        self.kinds.update(found)
+
+    def rows(self, op: Segment | Call, site: str, indices: Mapping[str, int], tokens: TokenSet | None = None) -> None:
+        """Run a block, or a segment behind the layers, on the new tokens, or on a set of them."""
+        block = as_block(self.program, op, self.kinds)
+        if isinstance(op, Call):
+            carried, sides = op.reads[: block.carries], op.reads[block.carries :]
+        else:
+            carried = tuple(r for r in op.reads if self.kinds[r] == "rows")
+            sides = tuple(r for r in op.reads if r not in carried)
+        rows = [self.values[r] if tokens is not None else self._rows_of(r, block) for r in carried]
+        here = self._positions(tokens)
+        if not here.count:
+            self.values.update(zip(op.writes, rows, strict=False))
+            self._keep(op, site, indices)
+            return
+        results = self._run(op, block, rows, [self.values[r] for r in sides], here, site, indices)
+        self.values.update(zip(op.writes, results, strict=True))
+
+    def _run(
+        self,
+        op: Segment | Call,
+        block: Block,
+        rows: list[Tensor],
+        sides: list[Any],
+        here: Rows,
+        site: str,
+        indices: Mapping[str, int],
+    ) -> tuple[Tensor, ...]:
+        plans, kept = self._plans(op, block, site, indices)
+        results, caches = run_rows(
+            block,
+            rows,
+            sides,
+            [self.evaluator.param(indexed(p, indices)) for p in op.params],
+            op.consts if isinstance(op, Call) else (),
+            positions=here.positions,
+            valid=here.valid,
+            key_positions=kept.keys.positions,
+            key_valid=kept.keys.valid,
+            kv=plans,
+            caches=kept.caches,
+            ordered=True,
+            length=self.length,
+            device=self.device,
+        )
+        stores = any(p.mode == "store" and not port.cross for p, port in zip(plans, ports_of(block), strict=True))
+        keys = kept.keys.followed_by(here, rows[0].shape[0], self.device) if stores else kept.keys
+        if ports_of(block):
+            self._put(op, indices, site, _compact(block, Kept(caches, keys)))
+        return results
+
+    # Caches: by the slot of a key/value plan, or by the place of the application.
+
+    def _slot(self, op: Segment | Call, site: str, indices: Mapping[str, int]) -> str:
+        plans = op.kv if isinstance(op, Call) else ()
+        return f"{op.block}/{indexed(plans[0].slot, indices)}" if plans and plans[0].slot else site
+
+    def _plans(self, op: Segment | Call, block: Block, site: str, indices: Mapping[str, int]) -> tuple[list[Kv], Kept]:
+        """What each port does with its keys, and what it keeps so far."""
+        ports, name = ports_of(block), self._slot(op, site, indices)
+        kept = self.caches.get(name) or self.past.caches.get(name) or Kept((None,) * len(ports), self._nothing())
+        plans = [settled(p, name in self.caches) for p in (op.kv if isinstance(op, Call) else ())]
+        plans = plans or [Kv("store", "") for _ in ports]
+        for number, (port, cache) in enumerate(zip(ports, kept.caches, strict=True)):
+            if port.cross and cache is not None:
+                plans[number] = Kv("read", "")
+        return plans, kept
+
+    def _put(self, op: Segment | Call, indices: Mapping[str, int], site: str, kept: Kept) -> None:
+        self.caches[self._slot(op, site, indices)] = kept
+
+    def _keep(self, op: Segment | Call, site: str, indices: Mapping[str, int]) -> None:
+        """No new token comes here: what was kept stays."""
+        name = self._slot(op, site, indices)
+        if name in self.past.caches:
+            self.caches.setdefault(name, self.past.caches[name])
+
+    def _nothing(self) -> Rows:
+        return Rows(0, torch.empty((1, 0), dtype=torch.int64, device=self.device))
+
+    def _positions(self, tokens: TokenSet | None) -> Rows:
+        """The rows at hand, by their place in the whole sequence."""
+        if tokens is None or tokens.everyone:
+            return Rows(self.fresh, torch.arange(self.past.length, self.length, device=self.device)[None])
+        return Rows(tokens.width, tokens.positions + self.past.length, tokens.valid)
+
+    # Token sets.
+
+    def select(self, op: Select, indices: Mapping[str, int]) -> None:
+        """A token set: of all tokens before the layers, of the new ones among them."""
+        found = kinds_of(op, self.kinds)
+        names = [name for name in (op.score, op.among, op.of) if name is not None]
+        new = {name: self._new(name) for name in names} if found[op.write] == "rows" else {}
+        self.values[op.write] = self.evaluator.select(op, self.values | new, indices)
+        self.kinds.update(found)
+
+    def on(self, op: On, site: str, indices: Mapping[str, int]) -> None:
+        """Run a region on those of the new tokens that are in the set."""
+        tokens: TokenSet = self._new(op.tokens)
+        calls = [inner for inner in op.body if isinstance(inner, Call)]
+        carried = {n for call in calls for n in call.reads[: self.program.blocks[call.block].carries]}
+        outer, kinds = self.values, self.kinds
+        self.values = {n: tokens.take(self._stream(n, calls)) if n in carried else outer[n] for n in op.reads}
+        self.kinds = {n: "rows" if n in carried else kinds[n] for n in op.reads}
+        for number, inner in enumerate(op.body):
+            self.rows(inner, f"{site}.{number}", indices, tokens)  # type: ignore[arg-type]
+            self.kinds.update(dict.fromkeys(inner.writes, "rows"))  # type: ignore[union-attr]
+        inside, self.values, self.kinds = self.values, outer, kinds
+        self.values.update({n: inside[n] for n in op.writes})
+        self.kinds.update(dict.fromkeys(op.writes, "rows"))
+
+    def merge(self, op: Merge, indices: Mapping[str, int]) -> None:
+        """Write rows of new tokens back into the rows of all new tokens."""
+        names = (op.read, *op.extra)
+        values = self.values | {n: self._new(n) for n in (*names, op.tokens)}
+        self.evaluator.merge(op, values, indices)
+        self.values[op.write] = values[op.write]
+        self.kinds[op.write] = "rows"
+
+    def _new(self, name: str) -> Any:
+        """A value, or a token set, of the new tokens."""
+        value = self.values[name]
+        if self.kinds[name] == "rows" or not self.past.length:
+            return value
+        start = self.past.length
+        return value.among(start) if isinstance(value, TokenSet) else value.narrow(1, start, self.fresh)
+
+    def _stream(self, name: str, calls: Sequence[Call]) -> Tensor:
+        """What a region gathers its rows from."""
+        return self._rows_of(name, self.program.blocks[calls[0].block])
+
+    def _rows_of(self, name: str, block: Block) -> Tensor:
+        """The rows of the new tokens; where the layers begin they are cut from the full value."""
+        value: Tensor = self.values[name]
+        if self.kinds[name] == "rows":
+            return value
+        dim = token_dim(block)
+        if self.past.stream is not None:
+            _require_unchanged(self.past.stream, value.narrow(dim, 0, self.past.length))
+        self.stream = value
+        return value.narrow(dim, self.past.length, self.fresh)
+
+
+def _compact(block: Block, kept: Kept) -> Kept:
+    """What is kept without rows that no batch row needs."""
+    valid, positions = kept.keys.valid, kept.keys.positions
+    layouts = [c for port, own in zip(ports_of(block), cached_of(block), strict=True) if not port.cross for c in own]
+    if valid is None or positions is None or any(c.batch is None or c.dim == c.batch for c in layouts):
+        return kept
+    members = TokenSet(valid)
+    if members.width == kept.keys.count:
+        return kept
+    caches = tuple(
+        cache
+        if port.cross or cache is None
+        else tuple(members.take(t, c.batch, c.dim) for t, c in zip(cache, own, strict=True))  # type: ignore[arg-type]
+        for port, own, cache in zip(ports_of(block), cached_of(block), kept.caches, strict=True)
+    )
+    rows = positions.expand(valid.shape[0], -1).gather(1, members.positions)
+    return Kept(caches, Rows(members.width, rows, members.valid))
+
+
+def _require_unchanged(old: Tensor, new: Tensor) -> None:
+    if not torch.allclose(old, new, rtol=1e-3, atol=1e-5):
+        raise IncrementalError(
+            "later tokens changed what earlier ones feed into the layers",
+            expected="a part before the layers in which no token depends on a later one",
+            found=f"a change of {(old - new).abs().max().item():.3g}",
+            remedy="evaluate the whole sequence with run()",
+        )
