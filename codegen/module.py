@@ -20,6 +20,7 @@ from depthc.ir.body import Body
 from depthc.ir.errors import InputError, StateDictError
 from depthc.ir.evaluate import Evaluator, WeightParams
 from depthc.ir.program import Loop, Merge, On, Op, Program, Segment, Stack
+from depthc.ir.settle import settle
 from depthc.ir.signature import device_of
 from depthc.passes.pipeline import Step
 from depthc.passes.recipe import Recipe
@@ -45,7 +46,8 @@ class DepthModule(nn.Module):
 
     def __init__(self, program: Program, recipe: Recipe | None = None, history: tuple[Step, ...] = ()) -> None:
         super().__init__()
-        self.program, self.recipe, self.history = program, recipe or Recipe(), history
+        program = settle(program, copies=False)
+        self.recipe, self.history = recipe or Recipe(), history
         self.add_losses, self.selection, self._checkpointing = False, "inference", False
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         values = WeightParams(program)
@@ -104,6 +106,16 @@ class DepthModule(nn.Module):
         evaluator = self._evaluator(device_of(tensors))
         values = evaluator.run(self.program.body, dict(tensors), self.program.signature.size_values(tensors))
         return self.program.signature.unflatten(values), Aux(evaluator.taps)
+
+    def compile(self, **options: Any) -> None:
+        """Compile every body with torch.compile, once for all its applications; what is around them stays Python.
+
+        `torch.compile(module)` traces the whole forward, each application anew; here the time to compile does not grow
+        with the depth. `options` are those of torch.compile.
+        """
+        inner = partial(torch.compile, **options)
+        self._functions = {body: inner(_function(body)) for body in self._functions}
+        self._rows = RowsLowering(inner)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """Keep no activations inside blocks in training but compute them again backward; choices of tokens are kept."""

@@ -147,17 +147,16 @@ def renamed(
         >>> {name: tuple(tensor.shape) for name, tensor in renamed(foreign, table).items()}
         {'0.w': (2,), 'router': (2,)}
     """
-    found: dict[str, Tensor] = {}
-    origin: dict[str, str] = {}
+    found, origin = dict[str, Tensor](), dict[str, str]()
     for foreign, tensor in state_dict.items():
         name, value = _renamed(foreign, tensor, table)
         if name is None:
             continue
-        if name in found and not (found[name].shape == value.shape and torch.equal(found[name], value)):
-            what, found_names = f"two different tensors get the name {name!r}", f"{origin[name]}, {foreign}"
+        first, other = origin.setdefault(name, foreign), found.setdefault(name, value)
+        if _type(other) != _type(value) or not torch.equal(other, value):
             expected, remedy = "one, or equal copies of a tied parameter", "map them to two names, or one to None"
-            raise StateDictError(what, expected=expected, found=found_names, remedy=remedy)
-        found[name], origin[name] = value, origin.get(name, foreign)
+            what, both = f"two different tensors get the name {name!r}", f"{first}, {foreign}"
+            raise StateDictError(what, expected=expected, found=both, remedy=remedy)
     return found
 
 
@@ -171,12 +170,10 @@ def _renamed(foreign: str, tensor: Tensor, table: Mapping[str, Any]) -> tuple[st
         if not matches:
             return foreign, tensor
         ((pattern, match),) = matches.items()
-        ours = table[pattern]
-        template, shape = ours if isinstance(ours, tuple) else (ours, tensor.shape)
+        template, shape = ours if isinstance(ours := table[pattern], tuple) else (ours, tensor.shape)
         return (None, tensor) if template is None else (match.expand(template), tensor.reshape(tuple(shape)))
     except (re.error, RuntimeError) as error:
-        remedy = "correct this row of the table"
-        raise StateDictError(f"the table does not fit {foreign!r}: {error}", remedy=remedy) from None
+        raise StateDictError(f"the table does not fit {foreign!r}: {error}", remedy="correct its row") from None
 
 
 # what is written
@@ -192,8 +189,7 @@ def _settled(compiled: DepthModule) -> Program:
     if differ := sorted({name for name, _ in named} ^ program.params.keys()):
         found, remedy = ", ".join(differ[:3]), "save the module without what was added to it or taken out"
         raise StateDictError("the module has other tensors than its program", found=found, remedy=remedy)
-    params, tensors = dict(program.params), dict[str, Tensor]()
-    owners: dict[Any, str] = {}
+    params, tensors, owners = dict(program.params), dict[str, Tensor](), dict[Any, str]()
     for name in sorted(params, key=lambda n: params[n].expr is not None):  # what others refer to comes first
         param, value = params[name], compiled.parameter_of(name).detach()
         if value.is_meta or type(value) is not Tensor or _type(value) != param.type:
@@ -260,8 +256,7 @@ def _write(folder: Path, content: dict[str, Any], text: str, tensors: Mapping[st
 
 def _packed(tensor: Tensor) -> Tensor:
     """A tensor as the file has it: complex numbers as pairs."""
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return tensor.cpu().contiguous()
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).cpu().contiguous()
 
 
 def _sync(path: Path) -> None:
@@ -393,8 +388,7 @@ def _weights(folder: Path, content: Mapping[str, Any], program: Program, device:
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise _refused("the folder was replaced while it was read", folder)
             if differ := sorted(wanted.keys() ^ set(stored.keys())):
-                what = f"{WEIGHTS} holds other tensors than {PROGRAM} needs"
-                raise _refused(what, path, ", ".join(sorted(wanted.keys() & differ)[:3]), ", ".join(differ[:3]))
+                raise _refused(f"{WEIGHTS} lacks or adds tensors", path, f"those of {PROGRAM}", ", ".join(differ[:3]))
             for name, type in wanted.items():
                 tensor = stored.get_tensor(name).to(device, copy=True)  # out of the mapped file, which is not aligned
                 if type.dtype.is_complex and tensor.shape[-1:] == (2,) and tensor.dtype == type.dtype.to_real():

@@ -11,8 +11,8 @@ from depthc.ir.params import Param, Ref, value_of
 from depthc.ir.program import Program
 
 
-def settle(program: Program) -> Program:
-    """The program with every parameter expression evaluated; nothing in it is shared with the captured model.
+def settle(program: Program, copies: bool = True) -> Program:
+    """The program with every parameter expression evaluated; with `copies` it shares nothing with the captured model.
 
     Parameters that were one tensor stay one: the first keeps the tensor, the others refer to it. New tensors go where
     the model's are.
@@ -30,6 +30,6 @@ def settle(program: Program) -> Program:
         kept.append(value)
         owner = owners.setdefault(id(value), name)
         if owner == name:
-            weights[name] = value.detach().to(device).clone()
+            weights[name] = value.detach().to(device).clone() if copies else value.to(device)
         params[name] = replace(param, expr=None if owner == name else Ref(owner))
     return replace(program, params=params, weights=weights)

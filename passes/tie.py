@@ -12,7 +12,7 @@ import torch
 
 from depthc.ir.names import Names
 from depthc.ir.params import Expr, Mean, Param, Ref, Shuffle
-from depthc.ir.program import Call, Op, Program, Segment, Stack
+from depthc.ir.program import Call, Loop, Op, Program, Segment, Stack
 from depthc.passes.base import Pass
 from depthc.passes.layers import layers_of, names_in, stack_of, used_params, with_stack, without_unused_params
 from depthc.passes.loop import rolled
@@ -158,7 +158,11 @@ class Tie(Pass):
         start, stop = (1, -1) if sharing.middle else (0, len(places))
         begin = places[start] if start else 0
         end = places[stop] if sharing.middle else len(ops)
-        inner = rolled(ops[begin:end], Names(names_in(program)), trained, self.name)
+        names = Names(names_in(program))
+        if sharing.loops == 1:
+            inner: tuple[Op, ...] = (Loop(names.new(self.name), 1, tuple(ops[begin:end])),)
+        else:
+            inner = rolled(ops[begin:end], names, trained, self.name)
         return with_stack(program, stack, (*ops[:begin], *inner, *ops[end:]))
 
 

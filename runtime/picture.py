@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from operator import index
 from pathlib import Path
 
@@ -206,7 +206,9 @@ def _png(texts: list[str], depths: list[int], deepest: int, title: str, path: Pa
     file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSansMono.ttf")
     known = get_font(str(file)).get_charmap()
     pieces, rows = _layout(_parts(texts, depths, deepest, title), known)
-    figure = Figure(((COLUMNS + 4) * CELL[0], (rows + 2) * CELL[1]), DPI, facecolor=PAGE[0], edgecolor=PAGE[0])
+    size = ((COLUMNS + 4) * CELL[0], (rows + 2) * CELL[1])
+    figure = Figure(size, DPI, facecolor=PAGE[0], edgecolor=PAGE[0])
+    figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-2, COLUMNS + 2), ylim=(rows + 1, -1), autoscale_on=False)
     axes.set_axis_off()
     font = FontProperties(fname=str(file), size=POINTS)
@@ -241,7 +243,7 @@ def _parts(texts: list[str], depths: list[int], deepest: int, title: str) -> lis
     return [*parts, ("\n\n", None), *tokens]
 
 
-def _layout(parts: Sequence[tuple[str, int | None]], known: dict[int, int]) -> tuple[Pieces, int]:
+def _layout(parts: Sequence[tuple[str, int | None]], known: Container[int]) -> tuple[Pieces, int]:
     """Where every part of a line goes, broken at COLUMNS, and the number of rows."""
     pieces: Pieces = []
     row = column = 0

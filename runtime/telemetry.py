@@ -35,7 +35,8 @@ class Report:
         tokens: the number of real tokens.
         tokens_per_depth: [recursions + 1]: tokens that took 0, 1, 2, ... recursions. Recursions are nested, so the last
             recursion of a token that took d of them was recursion d - 1.
-        candidates, chosen: [recursions]: tokens that a recursion could choose, and did.
+        candidates: [recursions]: tokens that a recursion could choose.
+        chosen: [recursions]: tokens that it chose.
         foretold: [recursions]: candidates for which (logit > 0) == chosen.
         bits: [recursions]: the sum over the candidates of the binary entropy of sigmoid(logit).
 
@@ -189,8 +190,8 @@ def _counts(route: Route) -> tuple[int, int, int, float]:
     # What lies under padding may be anything, NaN as well.
     logit = route.logit.detach()[route.candidates].cpu().double()
     chosen = route.chosen[route.candidates].cpu()
-    # Each of p and 1 - p as a sigmoid: 1 - p loses its digits where p is close to 1.
-    bits = torch.special.entr(logit.sigmoid()) + torch.special.entr((-logit).sigmoid())
+    sure = logit.sigmoid()
+    bits = torch.special.entr(sure) + torch.special.entr(1 - sure)
     foretold = int(((logit > 0) == chosen).sum())
     return len(logit), int(chosen.sum()), foretold, float(bits.sum()) / math.log(2.0)
 

@@ -1,0 +1,298 @@
+"""Mixture-of-Recursions, judged by an independent oracle that goes token by token in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import mor_oracle as oracle
+import pytest
+import torch
+from mor_oracle import Settings, Wide
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import depthc
+from depthc.codegen.module import DepthModule, lower
+from depthc.ir.evaluate import run
+from depthc.ir.program import Program
+from depthc.passes.pipeline import run_recipe
+from depthc.passes.recipes import recipe_of
+
+ROWS = {
+    "full": torch.ones(2, 9, dtype=torch.bool),
+    "padded": torch.tensor(
+        [[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]]
+    ).bool(),
+}
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 2, 2, 2, 2]])
+FORWARD, BACKWARD = 1e-10, 1e-8
+
+
+@cache
+def captured(kind: str, rows: str) -> tuple[nn.Module, Program, dict[str, Tensor]]:
+    """A model, its program and the inputs that both take."""
+    model = oracle.build(kind)
+    documents = DOCUMENTS if rows == "packed" else None
+    inputs = oracle.inputs_of(kind, ROWS.get(rows, ROWS["full"]), documents=documents)
+    with Wide():
+        return model, depthc.capture(model, kwargs=inputs), inputs
+
+
+class Case:
+    """One way to route one model: the oracle's answer, and the compiler's."""
+
+    def __init__(self, kind: str, rows: str = "full", zero_routers: bool = False, **settings: Any) -> None:
+        self.model, program, self.inputs = captured(kind, rows)
+        self.kind, self.settings = kind, Settings(**settings)
+        self.real = ROWS.get(rows, ROWS["full"])
+        self.documents = DOCUMENTS if rows == "packed" else None
+        options = {k: v for k, v in settings.items() if k not in ("causal", "aux_weight", "capacities")}
+        options |= {"capacities": settings["capacities"]} if settings.get("capacities") else {}
+        recipe = recipe_of("mor", {"loss": self.settings.aux_weight, **options})
+        self.program, self.history = run_recipe(program, recipe)
+        self.compiled: DepthModule = lower(self.program)  # its parameters are the model's own
+        self.routers = oracle.make_routers(self.settings)
+        for r, router in enumerate(self.routers):
+            own = self.compiled.parameter_of(f"depth.r.{r}.router.weight")
+            with torch.no_grad():
+                router["weight"].mul_(0 if zero_routers else 1)
+                own.copy_(router["weight"][0])
+
+    def expected(self, inputs: Mapping[str, Tensor] | None = None) -> oracle.Result:
+        math = oracle.math_of(self.kind, self.model)
+        with Wide():
+            return oracle.route(math, self.settings, self.routers, inputs or self.inputs, self.real, self.documents)
+
+    def found(self, inputs: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Any]:
+        self.compiled.train(not self.settings.causal)
+        with Wide():
+            out, aux = self.compiled.forward_with_aux(**(inputs or self.inputs))
+        return logits_of(out), aux
+
+    def leaves(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters and routers, of the oracle and of the compiled module."""
+        shared = [p for p in self.model.parameters() if p.requires_grad]
+        routers = [self.compiled.parameter_of(f"depth.r.{r}.router.weight") for r in range(len(self.routers))]
+        return [*shared, *(router["weight"] for router in self.routers)], [*shared, *routers]
+
+
+def logits_of(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def weighted(logits: Tensor, real: Tensor) -> Tensor:
+    """A scalar of the real tokens' logits whose gradient is different everywhere."""
+    rows = logits[real]
+    return (rows * torch.linspace(-1, 1, rows.numel(), dtype=rows.dtype).view_as(rows)).sum()
+
+
+def agree(case: Case, backward: bool = True) -> None:
+    """Forward, selections, loss and every gradient."""
+    expected = case.expected()
+    logits, aux = case.found()
+    assert (logits[case.real] - expected.logits[case.real]).abs().max() < FORWARD
+    for route, chosen in zip(aux.routes, expected.selected, strict=True):
+        assert torch.equal(route.chosen, chosen)
+    if case.settings.aux_weight:
+        assert (aux.loss - expected.aux_loss).abs() < FORWARD
+    if not backward:
+        return
+    theirs, ours = case.leaves()
+    want = torch.autograd.grad(weighted(expected.logits, case.real) + expected.aux_loss, theirs, allow_unused=True)
+    got = torch.autograd.grad(weighted(logits, case.real) + aux.loss, ours, allow_unused=True)
+    assert any(g is not None and g.abs().max() > 1e-6 for g in want[-len(case.routers) :])
+    for name, a, b in zip([*dict(case.model.named_parameters()), *range(9)], got, want, strict=False):
+        assert (a is None) == (b is None) or (a if a is not None else b).abs().max() == 0, name
+        assert a is None or b is None or (a.flatten() - b.flatten()).abs().max() < BACKWARD, name
+
+
+KV = ("recursion", "share_first")
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k == "llama" else pytest.mark.slow) for k in oracle.KINDS]
+)
+def test_top_k_is_the_oracle(kind: str, kv: str, rows: str) -> None:
+    agree(Case(kind, rows, kv=kv))
+
+
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k == "llama" else pytest.mark.slow) for k in oracle.KINDS]
+)
+def test_threshold_is_the_oracle(kind: str, kv: str, rows: str) -> None:
+    agree(Case(kind, rows, kv=kv, causal=True), backward=rows == "padded")
+
+
+@pytest.mark.parametrize("combine", ["weighted", "additive", "delta", "off"])
+@pytest.mark.parametrize("gate", ["sigmoid", "tanh", "none"])
+def test_combines_and_gates(combine: str, gate: str) -> None:
+    if gate != "sigmoid" and combine in ("additive", "off"):
+        pytest.skip("without a gate")
+    agree(Case("llama", "padded", combine=combine, gate=gate))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sharing": "cycle", "loops": 2},
+        {"sharing": "cycle", "loops": 4, "kv": "share_first"},
+        {"loops": 2, "capacities": (0.7, 0.4)},
+        {"loops": 6, "capacities": (1.0, 0.9, 0.9, 0.2, 0.2, 0.01)},
+        {"temperature": 2.5, "aux_weight": 1.0},
+    ],
+)
+def test_other_settings(settings: dict[str, Any]) -> None:
+    agree(Case("llama", "padded", **settings))
+
+
+def test_ties_go_to_the_lower_position() -> None:
+    case = Case("llama", zero_routers=True)
+    _, aux = case.found()
+    for route in aux.routes:
+        count = int(route.chosen[0].sum())
+        assert route.chosen[:, :count].all()
+        assert not route.chosen[:, count:].any()
+    expected = case.expected()
+    assert all(torch.equal(r.chosen, chosen) for r, chosen in zip(aux.routes, expected.selected, strict=True))
+
+
+def test_packed_rows_choose_per_row() -> None:
+    agree(Case("llama", "packed"))
+
+
+@pytest.mark.parametrize("kv", KV)
+def test_evaluate_is_the_module(kv: str) -> None:
+    """The program's meaning, op by op, and the lowered module: forward and all gradients, bit for bit."""
+    case = Case("llama", "padded", kv=kv)
+    for training in (True, False):
+        case.compiled.train(training)
+        with Wide():
+            one = logits_of(run(case.compiled.program, (), case.inputs, training=training))
+            other = logits_of(case.compiled(**case.inputs))
+        assert torch.equal(one, other)
+        _, leaves = case.leaves()
+        grads = [torch.autograd.grad(weighted(x, case.real), leaves, allow_unused=True) for x in (one, other)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True) if a is not None)
+
+
+def test_a_carry_that_takes_no_gradient() -> None:
+    """With frozen embeddings the first carry does not require grad; all other gradients are the same."""
+    case = Case("llama", sharing="cycle", loops=2)
+    embedding = case.model.get_input_embeddings().weight
+    named = {n: p for n, p in case.compiled.named_parameters() if p is not embedding}
+    free = torch.autograd.grad(weighted(case.found()[0], case.real), list(named.values()), allow_unused=True)
+    embedding.requires_grad_(False)
+    try:
+        frozen = torch.autograd.grad(weighted(case.found()[0], case.real), list(named.values()), allow_unused=True)
+    finally:
+        embedding.requires_grad_(True)
+    for name, a, b in zip(named, free, frozen, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("kv", KV)
+def test_a_later_token_changes_nothing_before_it(kv: str) -> None:
+    case = Case("llama", kv=kv, causal=True)
+    name = oracle.token_input("llama")
+    changed = dict(case.inputs) | {name: case.inputs[name].clone()}
+    changed[name][:, -1] = (changed[name][:, -1] + 1) % oracle.VOCAB
+    (before, aux), (after, other) = case.found(), case.found(changed)
+    assert (before[:, :-1] - after[:, :-1]).abs().max() < FORWARD
+    assert (before[:, -1] - after[:, -1]).abs().max() > 1e-3
+    for a, b in zip(aux.routes, other.routes, strict=True):
+        assert torch.equal(a.chosen[:, :-1], b.chosen[:, :-1])
+    case.compiled.selection = "training"
+    assert (case.found()[0][:, :-1] - case.found(changed)[0][:, :-1]).abs().max() > 1e-6  # top-k is not causal
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k == "llama" else pytest.mark.slow) for k in oracle.KINDS]
+)
+def test_token_by_token_is_the_whole_sequence(kind: str, kv: str) -> None:
+    case = Case(kind, "padded", kv=kv, causal=True)
+    growing = [n for n in case.inputs if n in (_DECODER if kind == "encoder_decoder" else _GROWING)]
+    fixed = {n: v for n, v in case.inputs.items() if n not in growing}
+    program = case.compiled.program
+    with Wide(), torch.no_grad():
+        whole, aux = case.found()
+        out, past = program.start(**fixed, **{n: case.inputs[n][:, :5] for n in growing})
+        parts = [logits_of(out)]
+        for t in range(5, 9):
+            out, past = program.step(past, **{n: case.inputs[n][:, t : t + 1] for n in growing})
+            parts.append(logits_of(out))
+    assert (torch.cat(parts, 1) - whole)[case.real].abs().max() < FORWARD
+    if kv == "recursion":
+        lengths = [int(r.chosen.sum(1).max()) for r in aux.routes]
+        caches = [kept.keys.count for site, kept in past.caches.items() if "[" in site]
+        assert sorted(set(caches)) == sorted(set(lengths))
+
+
+_GROWING = ("input_ids", "ids", "attention_mask")
+_DECODER = ("decoder_input_ids", "decoder_attention_mask")
+
+
+# identity
+
+
+@pytest.mark.parametrize("kv", KV)
+def test_everyone_without_a_gate_is_the_tied_model(kv: str) -> None:
+    model, program, inputs = captured("llama", "full")
+    tied = lower(run_recipe(program, recipe_of("tie", {"loops": 3, "sharing": "middle_cycle"}))[0]).eval()
+    options = {"combine": "off", "capacities": (1.0, 1.0, 1.0), "kv": kv}
+    routed = lower(run_recipe(program, recipe_of("mor", options))[0])
+    with Wide():
+        expected = tied(**inputs).logits
+        for training in (True, False):
+            found = routed.train(training)(**inputs).logits
+            assert torch.equal(found, expected) if kv == "recursion" else found.shape == expected.shape
+
+
+def test_one_recursion_without_a_gate_is_the_model() -> None:
+    model, program, inputs = captured("llama", "full")
+    routed = lower(run_recipe(program, recipe_of("mor", {"combine": "off", "loops": 1, "sharing": "cycle"}))[0])
+    with Wide():
+        assert torch.equal(routed.eval()(**inputs).logits, model(**inputs).logits)
+
+
+# what is computed
+
+
+@pytest.mark.parametrize("kv", KV)
+def test_rows_that_reach_every_product(kv: str) -> None:
+    """Of each recursion only the chosen tokens go through the layers' products; shared keys are projected once."""
+    case = Case("llama", kv=kv, loops=3)
+    case.found()  # what is traced is not counted
+    seen = counted(case.found, case.model)
+    batch, length = case.real.shape
+    rows = [batch * max(1, int(c * length)) for c in (1, 2 / 3, 1 / 3)]
+    for name in ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert seen[name] == [batch * length, *(r for k in rows for r in [k, k]), batch * length], name
+    for name in ("k_proj", "v_proj"):
+        looped = [rows[0]] * 2 if kv == "share_first" else [r for k in rows for r in [k, k]]
+        assert seen[name] == [batch * length, *looped, batch * length], name
+
+
+def counted(call: Callable[[], Any], model: nn.Module) -> dict[str, list[int]]:
+    """How many token rows every product with a parameter of the layers got, in order, by the name of its module."""
+    names = {p.data_ptr(): n.split(".")[-2] for n, p in model.named_parameters() if ".layers." in n}
+    seen: dict[str, list[int]] = {}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default):
+                weight = args[-1]
+                if isinstance(weight, Tensor) and weight.data_ptr() in names:
+                    rows = args[-2].numel() // args[-2].shape[-1]
+                    seen.setdefault(names[weight.data_ptr()], []).append(rows)
+            return func(*args, **(kwargs or {}))
+
+    with Count(), torch.no_grad():
+        call()
+    return seen
