@@ -44,10 +44,14 @@ class RowsLowering:
 
     def __init__(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function) -> None:
         self._compile = compile
+        self._run = torch.compiler.disable(self._call, recursive=False)  # dynamo sees the graphs, not this bookkeeping
         self._graphs: dict[Any, Callable[..., Any]] = {}
 
-    @torch.compiler.disable(recursive=False)
-    def __call__(
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
+        """See `depthc.ir.rows.run.run_rows`."""
+        return self._run(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def _call(
         self,
         block: Block,
         carries: Sequence[Tensor],
@@ -63,7 +67,6 @@ class RowsLowering:
         device: torch.device,
         **rows: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
-        """See `depthc.ir.rows.run.run_rows`."""
         ruler = None if length is None else carries[0].new_empty((length, 0))  # a size that is passed as a tensor
         tensors: Arguments = {"carries": tuple(carries), "sides": tuple(sides), "params": tuple(params)}
         tensors |= {"ruler": ruler, "caches": tuple(caches), **{name: rows.get(name) for name in _ROW_SIZES}}

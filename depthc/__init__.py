@@ -1,41 +1,53 @@
 """A compiler for the depth of transformers.
 
-`capture` turns any `nn.Module` into a depth program, `compile` rewrites its depth and lowers it to a module again,
-`parse` reads the text that `print(program)` wrote.
+`capture` turns any `nn.Module` into a depth program, `compile` rewrites its depth by a recipe and lowers it to a module
+again, `save` and `load` keep such modules, `generate` continues sequences, and `parse` reads the text that
+`print(program)` wrote.
 """
 
+from depthc.checkpoint import load, save
 from depthc.compiler import compile
 from depthc.ir.capture import capture
 from depthc.ir.errors import (
     CaptureError,
+    CheckpointError,
     DepthError,
     IncrementalError,
     InputError,
     OutlineError,
     ParseError,
     RecipeError,
+    RoutingError,
     StateDictError,
     SubsetError,
     VerifyError,
 )
 from depthc.ir.program import Program
 from depthc.ir.text.parser import parse
+from depthc.passes.recipe import Recipe
+from depthc.runtime.generate import generate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "CheckpointError",
     "DepthError",
     "IncrementalError",
     "InputError",
     "OutlineError",
     "ParseError",
     "Program",
+    "Recipe",
     "RecipeError",
+    "RoutingError",
     "StateDictError",
     "SubsetError",
     "VerifyError",
     "capture",
     "compile",
+    "generate",
+    "load",
     "parse",
+    "save",
 ]

@@ -29,7 +29,7 @@ from depthc.codegen.module import DepthModule, lower
 from depthc.ir.errors import CheckpointError, DepthError, InputError, RecipeError, StateDictError
 from depthc.ir.params import Ref
 from depthc.ir.program import Program
-from depthc.ir.signature import _signature
+from depthc.ir.signature import inspect_signature
 from depthc.ir.text.parser import parse
 from depthc.ir.types import Type
 from depthc.passes.pipeline import Step
@@ -120,7 +120,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu") -> DepthModu
         text = file.read().decode("utf-8", errors="replace")
     recipe, history, program = _described(content, text, folder)
     program = program.with_weights(_weights(folder, content, program, device))
-    compiled = lower(program, _signature(program.signature.parameters), recipe, history)
+    compiled = lower(program, inspect_signature(program.signature.parameters), recipe, history)
     compiled.add_losses, compiled.selection = content["add_losses"], content["selection"]
     for name, parameter in compiled.named_parameters():
         parameter.requires_grad_(name not in content["frozen"])

@@ -208,7 +208,7 @@ def _misfit(what: str, parameters: Sequence[str]) -> InputError:
 
 def unbind(parameters: Sequence[str], bound: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments from arguments by parameter name: keywords wherever Python allows it."""
-    arguments = inspect.BoundArguments(_signature(tuple(parameters)), dict(bound))  # type: ignore[arg-type]
+    arguments = inspect.BoundArguments(inspect_signature(tuple(parameters)), dict(bound))  # type: ignore[arg-type]
     if any(p.startswith("*") and not p.startswith("**") for p in parameters):
         return arguments.args, arguments.kwargs
     variadic = next((p[2:] for p in parameters if p.startswith("**")), None)
@@ -223,7 +223,7 @@ def parameter_names(signature: inspect.Signature) -> tuple[str, ...]:
     return tuple(marks.get(p.kind, "{}").format(p.name) for p in signature.parameters.values())
 
 
-def _signature(parameters: tuple[str, ...]) -> inspect.Signature:
+def inspect_signature(parameters: tuple[str, ...]) -> inspect.Signature:
     def parameter(text: str) -> inspect.Parameter:
         if text.startswith("**"):
             return inspect.Parameter(text[2:], inspect.Parameter.VAR_KEYWORD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -102,4 +103,4 @@ def make(name: str, options: dict[str, Any]) -> Pass:
 
 def text_of(value: Any) -> str:
     """An option's value as recipes write it."""
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return json.dumps(value) if isinstance(value, str) else repr(value)

@@ -63,6 +63,8 @@ class Recipe:
         Raises:
             RecipeError: the text is no recipe; says where.
         """
+        if not isinstance(text, str):
+            raise _malformed(text, type(text).__name__)
         try:
             return _read(ast.parse(text.strip(), mode="eval").body, text)
         except SyntaxError as error:

@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
 # Each room may import from itself and from those before it.
-ROOMS = ["depthc.ir", "depthc.passes", "depthc.codegen", "depthc"]
-PUBLIC = """CaptureError DepthError IncrementalError InputError OutlineError ParseError Program RecipeError
-StateDictError SubsetError VerifyError capture compile parse""".split()
+ROOMS = ["depthc.ir", "depthc.passes", "depthc.codegen", "depthc.runtime", "depthc"]
+PUBLIC = """CaptureError CheckpointError DepthError IncrementalError InputError OutlineError ParseError Program Recipe
+RecipeError RoutingError StateDictError SubsetError VerifyError capture compile generate load parse save""".split()
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -121,7 +121,18 @@ def test_examples_in_docstrings(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md", "docs/capture.md", "docs/ir.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/concepts.md",
+        "docs/capture.md",
+        "docs/ir.md",
+        "docs/recipes.md",
+        "docs/saving.md",
+        "docs/telemetry.md",
+    ],
+)
 def test_pages_run(page: str) -> None:
     """The code blocks of a page, which continue each other."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)

@@ -71,11 +71,11 @@ class Slice:
 
 
 def take(x: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
-    """Some entries of a dimension: a view if they are consecutive."""
-    first = places[0] if places else 0
-    if places == tuple(range(first, first + len(places))):
-        return x.narrow(dim, first, len(places))
-    return x.index_select(dim, torch.tensor(places, device=x.device))
+    """Some entries of a dimension, stretch by stretch: a view if they are one."""
+    starts = [i for i, place in enumerate(places) if not i or place != places[i - 1] + 1]
+    stops = [*starts[1:], len(places)]
+    parts = [x.narrow(dim, places[a], b - a) for a, b in zip(starts, stops, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def slices_of(axes: Axes, live: Set[fx.Node], read: Callable[[fx.Node], list[fx.Node]]) -> dict[fx.Node, Slice]:

@@ -53,6 +53,10 @@ NUMBER_FUNCTIONS: dict[str, Any] = {
     **{name: getattr(torch, name) for name in ("sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not")},
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "sqrt", "trunc")},
 }
+# Functions of `operator` that compute numbers; `getitem` takes a member of a sequence.
+_NUMBER_OPERATORS = {operator.getitem, *(targets[0] for table in (BINARY, UNARY) for targets in table.values())} | {
+    getattr(operator, name) for name in ("truediv", "floordiv", "mod", "pow", "neg", "not_", "and_", "or_", "xor")
+}
 _NUMBER_NAMES = {function: name for name, function in NUMBER_FUNCTIONS.items()}
 _NUMBER_TYPES = {"int", "float", "bool", "number", "SymInt", "Scalar"}
 
@@ -85,9 +89,9 @@ def is_random(target: Any) -> bool:
 
 def is_operation(target: Any) -> bool:
     """Whether a body may hold this: an ATen or custom op, or a function on numbers."""
-    if isinstance(target, torch._ops.OpOverload) or target in _NUMBER_NAMES:
-        return True
-    return getattr(operator, getattr(target, "__name__", ""), None) is target
+    if isinstance(target, torch._ops.OpOverload):
+        return not any(argument.name == "filename" for argument in target._schema.arguments)  # text never opens files
+    return target in _NUMBER_NAMES or target in _NUMBER_OPERATORS
 
 
 def operation_syntax(target: Any) -> ast.expr:

@@ -182,6 +182,6 @@ def find_class(text: str, node: ast.AST) -> type:
             f"the class {text!r} is not registered with torch.utils._pytree",
             expected="a class that this process knows",
             found=text,
-            remedy=f"import {text.split('.')[0]} (the module that defines it) before parsing",
+            remedy=f"import {text.rpartition('.')[0]} before parsing",
         )
     return classes[text]
