@@ -188,11 +188,11 @@ class _Examples:
     def _length(self) -> int:
         return sizes.evaluate(self.length, self.hints)
 
-    def _carry(self, type: Type, tensor: Tensor) -> _Example:
+    def _carry(self, type: Any, tensor: Tensor) -> _Example:
         rows = self._length if self.tensors["positions"] is None else _ROWS
         return self._value(type, tensor, {self.token_dim: rows})
 
-    def _value(self, type: Type, tensor: Tensor, known: Mapping[int, int]) -> _Example:
+    def _value(self, type: Any, tensor: Tensor, known: dict[int, int]) -> _Example:
         """An example of a body's input; `known` are sizes that are not those of its type."""
         wanted = {d: sizes.evaluate(s, self.hints) for d, s in enumerate(type.shape) if isinstance(s, str)} | known
         return self._made(tensor, wanted, type.dtype)

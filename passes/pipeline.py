@@ -87,4 +87,4 @@ def _applied(program: Program, one: Pass, number: int) -> tuple[Program, Step]:
 
 
 def _count(program: Program) -> int:
-    return sum(1 for _ in walk(op for stack in program.stacks for op in stack.ops))
+    return sum(1 for _ in walk(tuple(op for stack in program.stacks for op in stack.ops)))

@@ -260,7 +260,8 @@ def _expr(expr: Expr) -> list[Piece]:
             options: list[Piece] = [", seed=", number(seed)] if seed else []
             return ["init(", type_text(type), ", ", words("string", law), *options, ")"]
         case Shuffle(term=term, seed=seed):
-            return ["shuffle(", *_expr(term), *([", seed=", number(seed)] if seed else []), ")"]
+            options = [", seed=", number(seed)] if seed else []
+            return ["shuffle(", *_expr(term), *options, ")"]
     raise TypeError(f"not a parameter expression: {expr!r}")
 
 
