@@ -26,11 +26,16 @@ class LoopBody:
         read: the names of what every iteration reads and none writes.
 
     Example:
-        >>> core = compiled.loop("r")  # doctest: +SKIP
-        >>> state, reads = core.enter(input_ids=ids)
+        >>> import torch, depthc
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
+        >>> x = torch.ones(2, 5, 4)
+        >>> compiled = depthc.compile(model, "tie", args=(x,), loops=2)
+        >>> core = compiled.loop("r")
+        >>> state, reads = core.enter(x)
         >>> for r in range(core.count):
         ...     state, past = core.step(state, reads, r)
-        >>> out = core.leave(state, reads)
+        >>> bool((core.leave(state, reads) == compiled(x)).all())
+        True
     """
 
     def __init__(self, program: Program, name: str, evaluator: Callable[[torch.device], Evaluator]) -> None:

@@ -54,9 +54,10 @@ class DepthModule(nn.Module):
         made: dict[int, Tensor] = {}
         for name, param in program.params.items():
             self._register(name, values(name), param.kind, made)
-        self._functions = {body: _function(body) for body in _bodies(program)}
+        self._bodies = {body.certificate: body for body in _bodies(program)}
+        self._functions = {key: _function(body) for key, body in self._bodies.items()}
         self._rows = RowsLowering()
-        self._blocks = {block.body for block in program.blocks.values()}
+        self._blocks = {block.body.certificate for block in program.blocks.values()}
         self.program = program.with_weights(_Weights(self))
 
     def _register(self, name: str, value: Tensor, kind: str, made: dict[int, Tensor]) -> None:
@@ -114,7 +115,7 @@ class DepthModule(nn.Module):
         with the depth. `options` are those of torch.compile.
         """
         inner = partial(torch.compile, **options)
-        self._functions = {body: inner(_function(body)) for body in self._functions}
+        self._functions = {key: inner(_function(body)) for key, body in self._bodies.items()}
         self._rows = RowsLowering(inner)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -144,9 +145,9 @@ class DepthModule(nn.Module):
         return evaluator
 
     def _run_body(self, body: Body, inputs: Sequence[Any]) -> Sequence[Any]:
-        if self._checkpointing and self.training and body in self._blocks:
-            return checkpoint(self._functions[body], *inputs, use_reentrant=False)  # type: ignore[no-any-return]
-        return self._functions[body](*inputs)
+        if self._checkpointing and self.training and body.certificate in self._blocks:
+            return checkpoint(self._functions[body.certificate], *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._functions[body.certificate](*inputs)
 
     def _with_losses(self, out: Any, aux: Aux) -> Any:
         """The output with the auxiliary losses added to its loss."""

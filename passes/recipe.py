@@ -19,12 +19,12 @@ class Recipe:
     """Passes that are applied from left to right.
 
     Example:
-        >>> recipe = Recipe.parse('tie(loops=2) | loop()')
+        >>> recipe = Recipe.parse('tie(loops=3) | loop()')
         >>> print(recipe)
-        tie(loops=2) | loop()
+        tie(loops=3) | loop()
         >>> from depthc.passes.loop import Loop
         >>> from depthc.passes.tie import Tie
-        >>> recipe == Tie(loops=2) | Loop()
+        >>> recipe == Tie(loops=3) | Loop()
         True
     """
 

@@ -306,14 +306,23 @@ def test_what_is_not_a_compiled_module(small: DepthModule, tmp_path: Path) -> No
 
 
 def test_recipe_that_does_not_read_back(small_tied: DepthModule, tmp_path: Path) -> None:
+    from depthc.passes.base import PASSES
     from depthc.passes.recipe import Recipe
     from depthc.passes.tie import Tie
 
+    class Odd(Tie):
+        def __str__(self) -> str:
+            return "tie(loops=open)"
+
+    del PASSES["odd"]
     module = copy.deepcopy(small_tied)
-    module.recipe = Recipe((Tie(stack='a"b'),))
+    module.recipe = Recipe((Odd(),))
     error = refused(CheckpointError, lambda: save(module, tmp_path / "a"))
     assert "the recipe cannot be read" in error.what
     assert not list(tmp_path.iterdir())
+    module.recipe = Recipe((Tie(stack='a"b'),))
+    save(module, tmp_path / "a")
+    assert load(tmp_path / "a").recipe == module.recipe
 
 
 @pytest.mark.parametrize("content", [{"notes.txt"}, {MANIFEST, "notes.txt"}, {WEIGHTS}, None])

@@ -267,5 +267,5 @@ def test_program_without_weights() -> None:
 
 def test_unknown_recipe() -> None:
     error = refused(depthc.RecipeError, lambda: depthc.compile(seeded(Chain), recipe="identify", args=(states(),)))
-    assert "no recipe 'identify'" in error.what
+    assert "no recipe or pass 'identify'" in error.what
     assert error.remedy == "use 'identity'"

@@ -60,7 +60,7 @@ def test_a_block_is_one_function(compiled: nn.Module) -> None:
     (block,) = compiled.program.blocks.values()
     functions = compiled._functions
     assert len(functions) == 1 + sum(type(item).__name__ == "Segment" for item in compiled.program.body)
-    assert block.body in functions
+    assert block.body.certificate in functions
 
 
 def test_mode_follows_the_model() -> None:
