@@ -27,8 +27,8 @@ class LoopBody:
 
     Example:
         >>> import torch, depthc
-        >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
-        >>> x = torch.ones(2, 5, 4)
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), *[torch.nn.Linear(4, 4) for _ in range(4)])
+        >>> x = torch.tensor([[1, 2, 3], [4, 5, 6]])
         >>> compiled = depthc.compile(model, "tie", args=(x,), loops=2)
         >>> core = compiled.loop("r")
         >>> state, reads = core.enter(x)
