@@ -111,21 +111,32 @@ def agree(case: Case, backward: bool = True) -> None:
 KV = ("recursion", "share_first")
 
 
+OTHERS = [kind for kind in oracle.KINDS if kind != "llama"]
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kv", KV)
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[] if k == "llama" else pytest.mark.slow) for k in oracle.KINDS]
-)
-def test_top_k_is_the_oracle(kind: str, kv: str, rows: str) -> None:
+def test_top_k_is_the_oracle(kv: str, rows: str) -> None:
+    agree(Case("llama", rows, kv=kv))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv", "rows"), [("recursion", "padded"), ("share_first", "padded"), ("recursion", "full")])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_top_k_on_other_architectures(kind: str, kv: str, rows: str) -> None:
     agree(Case(kind, rows, kv=kv))
 
 
 @pytest.mark.parametrize("rows", ["padded", "packed"])
 @pytest.mark.parametrize("kv", KV)
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[] if k == "llama" else pytest.mark.slow) for k in oracle.KINDS]
-)
-def test_threshold_is_the_oracle(kind: str, kv: str, rows: str) -> None:
+def test_threshold_is_the_oracle(kv: str, rows: str) -> None:
+    agree(Case("llama", rows, kv=kv, causal=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv", "rows"), [("recursion", "padded"), ("share_first", "packed")])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_threshold_on_other_architectures(kind: str, kv: str, rows: str) -> None:
     agree(Case(kind, rows, kv=kv, causal=True), backward=rows == "padded")
 
 
@@ -211,9 +222,11 @@ def test_a_later_token_changes_nothing_before_it(kv: str) -> None:
     assert (case.found()[0][:, :-1] - case.found(changed)[0][:, :-1]).abs().max() > 1e-6  # top-k is not causal
 
 
-@pytest.mark.parametrize("kv", KV)
+STEPPED = [("llama", "recursion"), ("llama", "share_first"), ("parallel", "share_first"), *((k, KV[0]) for k in OTHERS)]
+
+
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[] if k == "llama" else pytest.mark.slow) for k in oracle.KINDS]
+    ("kind", "kv"), [pytest.param(*case, marks=[] if case[0] == "llama" else pytest.mark.slow) for case in STEPPED]
 )
 def test_token_by_token_is_the_whole_sequence(kind: str, kv: str) -> None:
     case = Case(kind, "padded", kv=kv, causal=True)
