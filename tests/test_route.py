@@ -1,0 +1,144 @@
+"""route and generate: what is refused, with a remedy; scores that are no numbers; sequences continued."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import depthc
+from depthc.codegen.module import DepthModule
+from depthc.ir.errors import InputError, RecipeError, RoutingError
+
+from .models import Spec, Stacked, ids, seeded
+
+
+def make(**spec: object) -> nn.Module:
+    return seeded(lambda: Stacked(Spec(**{"depth": 8, **spec})))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def routed() -> DepthModule:
+    return depthc.compile(make(), "mor", args=(ids(),), std=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "remedy"),
+    [
+        ({"capacities": (1.0, 0.0, 0.5)}, "no capacities", "capacities="),
+        ({"capacities": (1.0, 1.5, 0.5)}, "no capacities", "capacities="),
+        ({"capacities": (1.0, 0.3, 0.5)}, "no capacities", "capacities="),
+        ({"capacities": (1.0, 0.5)}, "do not fit the loop", "one capacity a recursion"),
+        ({"kv": "share_first", "capacities": (0.9, 0.5, 0.3)}, "recursion 0", "begin with 1.0"),
+        ({"kv": "share_first", "norms": "per_depth"}, "tied in all parameters", "tied"),
+        ({"kv": "shared"}, "'kv'", "share_first"),
+        ({"combine": "sum"}, "'combine'", "use"),
+        ({"gate": "softmax"}, "'gate'", "use"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, object], message: str, remedy: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        depthc.compile(make(), "mor", args=(ids(),), **options)  # type: ignore[arg-type]
+    assert remedy in caught.value.remedy
+
+
+def test_layers_that_are_not_tied_have_no_loop() -> None:
+    with pytest.raises(RecipeError, match="no loop to route") as caught:
+        depthc.compile(make(), "route", args=(ids(),))
+    assert "tie" in caught.value.remedy
+
+
+class Convolved(nn.Module):
+    """Layers that mix tokens by a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 8)
+        self.layers = nn.ModuleList(nn.Conv1d(8, 8, 3, padding=1) for _ in range(4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embed(ids)
+        for layer in self.layers:
+            h = h + F.conv1d(h.transpose(1, 2), layer.weight, layer.bias, padding=1).transpose(1, 2)
+        return h
+
+
+def test_layers_that_mix_tokens_are_refused_with_their_line() -> None:
+    with pytest.raises(RecipeError, match="cannot run on a subset") as caught:
+        depthc.compile(Convolved(), "tie(loops=2) | route()", args=(ids(),))
+    assert "conv" in caught.value.found
+    assert "test_route.py" in caught.value.where
+    assert caught.value.remedy
+
+
+def test_scores_that_are_not_numbers(routed: DepthModule) -> None:
+    weight = routed.parameter_of("depth.r.1.router.weight")
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    try:
+        for training in (True, False):
+            with pytest.raises(RoutingError, match="not a number") as caught:
+                routed.train(training)(ids())
+            assert "batch row" in caught.value.where
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def test_unknown_loop(routed: DepthModule) -> None:
+    with pytest.raises(InputError, match="no loop 'core'") as caught:
+        routed.loop("core")
+    assert caught.value.remedy == "use 'r'"
+
+
+def test_checkpointing_changes_no_gradient(routed: DepthModule) -> None:
+    """Activations are computed again backward; the choices are those of the forward."""
+    grads = []
+    for turn in (routed.gradient_checkpointing_disable, routed.gradient_checkpointing_enable):
+        turn()
+        out, aux = routed.train().forward_with_aux(ids(2, 9))
+        leaves = list(routed.parameters())
+        grads.append(torch.autograd.grad(out.pow(2).sum() + aux.loss, leaves, allow_unused=True))
+    routed.gradient_checkpointing_disable()
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True) if a is not None)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+def test_bodies_compiled_once_compute_the_same() -> None:
+    torch.compiler.reset()
+    module = depthc.compile(make(), "mor", args=(ids(),)).train()
+    expected = [module(ids(2, length)) for length in (8, 6)]
+    module.compile(backend="eager")
+    for length, whole in zip((8, 6), expected, strict=True):
+        assert torch.equal(module(ids(2, length)), whole)
+
+
+# generation
+
+
+def test_greedy_generation_takes_the_most_likely_token_of_the_whole_sequence(routed: DepthModule) -> None:
+    routed.eval()
+    found = depthc.generate(routed, ids(2, 4), 5)
+    sequence = ids(2, 4)
+    for _ in range(5):
+        sequence = torch.cat([sequence, routed(sequence)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, sequence)
+
+
+def test_draws_follow_the_seed(routed: DepthModule) -> None:
+    one, same, other = (depthc.generate(routed, ids(2, 4), 12, temperature=1.0, seed=s) for s in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert torch.equal(
+        depthc.generate(routed, ids(2, 4), 6, temperature=1.0, top_k=1), depthc.generate(routed, ids(2, 4), 6)
+    )
+
+
+def test_a_row_that_stopped_repeats_the_stop(routed: DepthModule) -> None:
+    free = depthc.generate(routed, ids(2, 4), 8)
+    stop = int(free[0, 5])
+    rows = depthc.generate(routed, ids(2, 4), 8, stop=stop)[:, 4:]
+    for row in rows.tolist():
+        assert stop not in row or set(row[row.index(stop) :]) == {stop}
