@@ -9,10 +9,10 @@ import torch
 
 from depthc.ir.errors import InputError
 from depthc.ir.evaluate import Evaluator
+from depthc.ir.liveness import read_first, writes_of
 from depthc.ir.names import closest
 from depthc.ir.program import Loop, Op, Program, Stack
 from depthc.ir.signature import device_of
-from depthc.passes.layers import reads_and_writes
 
 State = dict[str, Any]
 
@@ -51,7 +51,7 @@ class LoopBody:
             )
         self._stack, self.op = loops[name]
         self.count = self.op.count
-        reads, writes = reads_and_writes(self.op.body)
+        reads, writes = read_first(self.op.body), set().union(*map(writes_of, self.op.body))
         self.carried = tuple(n for n in reads if n in writes)
         self.read = tuple(n for n in reads if n not in writes)
 

@@ -53,6 +53,16 @@ def _live_loop(op: Loop, after: set[str]) -> tuple[Loop, set[str]]:
         needed = needed | before
 
 
+def read_first(ops: Sequence[Op]) -> tuple[str, ...]:
+    """The names that ops read before they write them."""
+    read: dict[str, None] = {}
+    written: set[str] = set()
+    for op in ops:
+        read.update(dict.fromkeys(sorted(reads_of(op) - written)))
+        written |= writes_of(op)
+    return tuple(read)
+
+
 def reads_of(op: Op) -> set[str]:
     """The names that an op reads, at its outside."""
     match op:
@@ -66,7 +76,7 @@ def reads_of(op: Op) -> set[str]:
             return {op.read, op.value, op.tokens, *op.extra}
         case Tap():
             return {op.read}
-    return set().union(*map(reads_of, op.body))
+    return set(read_first(op.body))
 
 
 def writes_of(op: Op) -> set[str]:

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from depthc.ir import sizes
 from depthc.ir.body import Body
-from depthc.ir.liveness import reads_of, without_taps, writes_of
+from depthc.ir.liveness import read_first, without_taps
 from depthc.ir.program import Program, Segment, Stack
 from depthc.ir.signature import Leaf, Signature
 
@@ -30,19 +30,9 @@ def restricted(program: Program, output: str) -> Program:
             item = _only(item, live)
             live = live - {*item.writes} | {*item.reads}
         else:
-            live |= {name for op in item.ops for name in reads_of(op)} - _made_first(item)
+            live |= {*read_first(item.ops)}
         body.append(item)
     return replace(program, body=tuple(reversed(body)), signature=_taking(signature, live))
-
-
-def _made_first(stack: Stack) -> set[str]:
-    """Names that a stack writes before it reads them."""
-    read: set[str] = set()
-    made: set[str] = set()
-    for op in stack.ops:
-        read |= reads_of(op) - made
-        made |= writes_of(op) - read
-    return made
 
 
 def _only(segment: Segment, live: set[str]) -> Segment:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from depthc.ir.evaluate import indexed
-from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
+from depthc.ir.program import Call, Loop, On, Op, Program, Segment, Stack
 from depthc.passes.base import Pass
 
 
@@ -55,30 +55,6 @@ def layers_of(one: Pass, stack: Stack) -> tuple[list[Op], list[int]]:
                 remedy=f"put {type(one).__name__.lower()} earlier in the recipe",
             )
     return ops, [i for i, op in enumerate(ops) if isinstance(op, Call)]
-
-
-def reads_and_writes(ops: Sequence[Op]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The names that ops read before they write them, in order, and all that they write."""
-    read: dict[str, None] = {}
-    written: set[str] = set()
-    for op in ops:
-        match op:
-            case Call() | Segment():
-                names, made = op.reads, op.writes
-            case Select():
-                names, made = tuple(n for n in (op.score, op.among, op.of) if n), (op.write,)
-            case On():
-                names, made = (op.tokens, *op.reads), op.writes
-            case Merge():
-                names, made = (op.read, op.value, op.tokens, *op.extra), (op.write,)
-            case Tap():
-                names, made = (op.read,), ()
-            case Loop():
-                names, inner = reads_and_writes(op.body)
-                made = tuple(inner)
-        read.update(dict.fromkeys(n for n in names if n not in written))
-        written.update(made)
-    return tuple(read), frozenset(written)
 
 
 def names_in(program: Program) -> set[str]:
