@@ -7,7 +7,7 @@ the graph runs: it is faster, and torch.compile takes it like any body.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from depthc.ir.axes.ports import ports_of
 from depthc.ir.program import Block, Kv
 from depthc.ir.rows.execution import Cache
 from depthc.ir.rows.run import prepare, run_rows
+from depthc.ir.sizes import Size
 from depthc.ir.types import Type
 
 # Sizes to trace at. They are all different, so that no two dimensions become one by chance.
@@ -157,6 +158,21 @@ class _Example:
         return mode.from_tensor(self.tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
 
 
+def _hints(names: Sequence[str], wanted: Set[Size]) -> dict[str, int]:
+    """Sizes of the names, at which those derived of them are large enough and differ: samples of audio make few tokens.
+
+    The smallest that there are, as tensors of them are made.
+    """
+
+    def wrong(hints: dict[str, int]) -> tuple[bool, int]:
+        found = [sizes.evaluate(size, hints) for size in wanted]
+        return min(found, default=2) < 2, len(found) - len({*found} - {_ROWS, _KEYS})
+
+    bases = dict(zip(names, _OTHERS, strict=False))
+    ways = [{"b": _BATCH, **{name: scale * size for name, size in bases.items()}} for scale in (1, 8, 64, 512)]
+    return min(ways, key=wrong)
+
+
 class _Examples:
     """Examples for the tensors of a real call, in their structure: sizes that may vary are replaced by chosen ones."""
 
@@ -164,7 +180,8 @@ class _Examples:
         self.block, self.tensors, self.axes = block, tensors, analyse(block)
         self.inputs = block.body.inputs_of("value")
         names = sorted({n for i in self.inputs if isinstance(i.type, Type) for n in i.type.size_names()} - {"b"})
-        self.hints = {"b": _BATCH, **dict(zip(names, _OTHERS, strict=False))}
+        shapes = [i.type.shape for i in self.inputs if isinstance(i.type, Type)]
+        self.hints = _hints(names, {s for shape in shapes for s in shape if isinstance(s, str)})
         label = self.axes.labels[block.body.placeholders_of("value")[0]]
         self.batch_dim, self.token_dim = label.index((self.axes.batch,)), label.index((self.axes.token,))
         self.length = self.inputs[0].type.shape[self.token_dim]  # type: ignore[union-attr]
@@ -230,4 +247,5 @@ class _Examples:
                 factor *= atom.size if here is None else here
             if d in (cached.batch, cached.dim):
                 wanted[d] = factor
-        return self._made(tensor, wanted, tensor.dtype)
+        cast = torch.is_autocast_enabled(tensor.device.type)  # graphs are traced without; it casts when they run
+        return self._made(tensor, wanted, self.axes.probe.values[cached.node].dtype if cast else tensor.dtype)
