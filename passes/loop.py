@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from depthc.ir.names import Names
-from depthc.ir.program import Call, Op, Program, Segment
+from depthc.ir.program import Call, Op, Program, Segment, calls
 from depthc.ir.program import Loop as LoopOp
 from depthc.passes.base import Pass
-from depthc.passes.layers import names_in, stack_of, with_stack
+from depthc.passes.glue import Glue
+from depthc.passes.layers import names_in, stack_of, unrolled, with_stack
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,37 @@ class Loop(Pass):
     def apply(self, program: Program) -> Program:
         """The program with loops in it."""
         stack = stack_of(self, program, self.stack)
-        trained = {name for name, p in program.params.items() if p.kind == "parameter"}
-        return with_stack(program, stack, rolled(stack.ops, Names(names_in(program)), trained, self.name))
+        return with_stack(program, stack, shortest(program, stack.ops, self.name))
+
+
+def shortest(program: Program, ops: Sequence[Op], wish: str, period: int = 0) -> tuple[Op, ...]:
+    """`rolled`; where fewer layers are left to write if the first reads under the name that it writes, it does."""
+    trained = {name for name, p in program.params.items() if p.kind == "parameter"}
+    plain = tuple(unrolled(ops))
+    ways = [ops, entered(program, plain)] if all(isinstance(op, Call | Segment) for op in plain) else [ops]
+    done = [rolled(way, Names(names_in(program)), trained, wish, period) for way in ways]
+    return min(done, key=lambda way: sum(1 for _ in calls(way)))
+
+
+def entered(program: Program, ops: Sequence[Op]) -> Sequence[Op]:
+    """The ops with what the first layer gets bound to the names that layers write, so that it reads as the others do.
+
+    A model whose layers take its argument as it is has `y = layer(x)`, then `y = layer(y)`: no two equal ops.
+    """
+    at = next((i for i, op in enumerate(ops) if isinstance(op, Call)), None)
+    if at is None:
+        return ops
+    first: Call = ops[at]  # type: ignore[assignment]
+    block = program.blocks[first.block]
+    inside, sides = first.writes[: block.carries], first.reads[block.carries :]
+    outside = first.reads[: block.carries]
+    if inside == outside or not set(inside).isdisjoint((*outside, *sides)):
+        return ops
+    g = Glue()
+    types = [node.meta["input"].type for node in block.body.placeholders_of("value")]
+    body = g.body(*(g.value(name, type) for name, type in zip(inside, types, strict=False)))
+    enter = Segment("enter", body, outside, inside)
+    return (*ops[:at], enter, replace(first, reads=(*inside, *sides)), *ops[at + 1 :])
 
 
 def rolled(ops: Sequence[Op], names: Names, trained: Set[str], wish: str = "r", period: int = 0) -> tuple[Op, ...]:

@@ -133,7 +133,7 @@ class Route(Pass):
             except SubsetError as error:
                 raise self.refuse(
                     error.what,
-                    where=f"{call.layer or call.block}, {error.where}",
+                    where=", ".join(filter(None, (call.layer or call.block, error.where))),
                     expected=error.expected,
                     found=error.found,
                     remedy="route a loop of attention layers only, or tie without route",

@@ -15,7 +15,7 @@ from depthc.ir.params import Expr, Mean, Param, Ref, Shuffle
 from depthc.ir.program import Call, Loop, Op, Program, Segment, Stack
 from depthc.passes.base import Pass
 from depthc.passes.layers import layers_of, names_in, stack_of, used_params, with_stack, without_unused_params
-from depthc.passes.loop import rolled
+from depthc.passes.loop import shortest
 from depthc.passes.norms import norm_slots
 from depthc.passes.sharing import INITS, SHARINGS, Sharing, legal_loops
 
@@ -77,7 +77,8 @@ class Tie(Pass):
         first = self._agree(program, stack, layers, sharing)
         params = dict(program.params)
         for slot, number in enumerate(first):
-            sources = [original[i] for i in sharing.sources(slot, self.init, self.round, self.seed)]
+            wanted = sharing.sources(slot, self.init, self.round, self.seed)
+            sources = [_alike(original, i, layers[number]) for i in wanted]
             params.update(self._values(program, layers[number], sources, original, self.seed + slot))
         for place, slot in zip(places, sharing.slots, strict=True):
             ops[place] = self._bound(program, ops[place], layers[first[slot]])  # type: ignore[arg-type]
@@ -88,7 +89,7 @@ class Tie(Pass):
     def _sharing(self, stack: Stack, count: int) -> Sharing:
         loops = self.loops or count
         legal = legal_loops(self.sharing, count)
-        if loops not in legal and not (self.fit and loops <= max(legal)):
+        if loops not in legal and not (self.fit and loops <= max(legal, default=0)):
             outer = " without the first and the last" if self.sharing.startswith("middle") else ""
             near = sorted(legal, key=lambda n: (abs(n - loops), n))[:3]
             raise self.refuse(
@@ -114,18 +115,28 @@ class Tie(Pass):
         for number, slot in enumerate(sharing.slots):
             differs = difference(program, layers[first[slot]], layers[number])
             if differs:
-                period = _period(program, layers)
                 raise self.refuse(
                     f"layers {first[slot]} and {number} of {stack.name!r} are to share parameters, but are not the"
                     f" same function of them: {differs}",
                     where=layers[number].layer,
                     expected="layers that agree in all that is no trained parameter",
-                    found=f"{sharing.unique} unique layers",
-                    remedy=f"use a number of unique layers that is a multiple of {period}"
-                    if period < len(layers)
-                    else "leave this stack as it is",
+                    found=f'loops={sharing.loops}, sharing="{sharing.kind}"',
+                    remedy=self._remedy(program, stack),
                 )
         return first
+
+    def _remedy(self, program: Program, stack: Stack) -> str:
+        """Loops under which layers that share agree, of this sharing if there are any."""
+        ops, places = layers_of(self, stack)
+        layers: list[Call] = [ops[i] for i in places]  # type: ignore[misc]
+        for kind in dict.fromkeys((self.sharing, "middle_cycle", "cycle")):
+            for loops in legal_loops(kind, len(layers))[1:]:
+                slots = Sharing(kind, len(layers), loops).slots
+                pairs = ((layers[slots.index(slot)], layer) for slot, layer in zip(slots, layers, strict=True))
+                if not any(difference(program, *pair) for pair in pairs):
+                    shared = "" if kind == self.sharing else f', sharing="{kind}"'
+                    return f"use loops={loops}{shared}: layers that then share agree"
+        return f"leave this stack as it is: under no loops of its {len(layers)} layers do those that share agree"
 
     def _values(
         self, program: Program, layer: Call, sources: Sequence[Call], layers: Sequence[Call], seed: int
@@ -135,7 +146,7 @@ class Tie(Pass):
         found: dict[str, Param] = {}
         for number, name in enumerate(layer.params):
             param = program.params[name]
-            common = all(other.params[number] == name for other in layers)
+            common = all(other.params[number] == name for other in layers if other.block == layer.block)
             if param.kind in ("buffer", "constant") or number in own or common:
                 continue
             names = [source.params[number] for source in sources]
@@ -154,16 +165,23 @@ class Tie(Pass):
 
     def _rolled(self, program: Program, stack: Stack, ops: list[Op], places: list[int], sharing: Sharing) -> Program:
         """What repeats as a loop, the outer layers outside."""
-        trained = {name for name, p in program.params.items() if p.kind == "parameter"}
         start, stop = (1, -1) if sharing.middle else (0, len(places))
         begin = places[start] if start else 0
         end = places[stop] if sharing.middle else len(ops)
-        names = Names(names_in(program))
         if sharing.loops == 1:
-            inner: tuple[Op, ...] = (Loop(names.new(self.name), 1, tuple(ops[begin:end])),)
+            index = Names(names_in(program)).new(self.name)
+            inner: tuple[Op, ...] = (Loop(index, 1, tuple(ops[begin:end])),)
         else:
-            inner = rolled(ops[begin:end], names, trained, self.name)
+            cycles = sharing.kind.endswith("cycle") and (end - begin) % sharing.loops == 0
+            period = (end - begin) // sharing.loops if cycles else 0  # not shorter, where slots are equal as it is
+            inner = shortest(program, ops[begin:end], self.name, period)
         return with_stack(program, stack, (*ops[:begin], *inner, *ops[end:]))
+
+
+def _alike(layers: Sequence[Call], number: int, layer: Call) -> Call:
+    """The layer of a number or, if that is another block than `layer`, the nearest that is not: its values fit."""
+    fitting = [i for i, other in enumerate(layers) if other.block == layer.block]
+    return layers[min(fitting, key=lambda i: abs(i - number))]
 
 
 def difference(program: Program, one: Call, other: Call) -> str:
@@ -175,7 +193,7 @@ def difference(program: Program, one: Call, other: Call) -> str:
         return f"their constants are {one.consts} and {other.consts}"
     if one.reads[carries:] != other.reads[carries:]:
         pairs = zip(one.reads[carries:], other.reads[carries:], strict=True)
-        return "they read {} and {}".format(*next((a, b) for a, b in pairs if a != b))
+        return "one reads {!r} where the other reads {!r}".format(*next((a, b) for a, b in pairs if a != b))
     for a, b in zip(one.params, other.params, strict=True):
         kind = program.params[a].kind
         if a != b and kind in ("buffer", "constant") and not _equal_weights(program, a, b):
@@ -186,11 +204,3 @@ def difference(program: Program, one: Call, other: Call) -> str:
 def _equal_weights(program: Program, a: str, b: str) -> bool:
     one, other = program.weights.get(a), program.weights.get(b)
     return one is not None and other is not None and not one.is_meta and torch.equal(one, other)
-
-
-def _period(program: Program, layers: Sequence[Call]) -> int:
-    """The smallest distance at which all layers agree."""
-    for period in range(1, len(layers)):
-        if all(not difference(program, a, b) for a, b in zip(layers, layers[period:], strict=False)):
-            return period
-    return len(layers)

@@ -18,7 +18,7 @@ from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 from depthc.passes.sharing import SHARINGS, Sharing, legal_loops
 
-from .models import Spec, Stacked, ids, outputs, seeded
+from .models import Attention, Mlp, Spec, Stacked, ids, outputs, seeded, states
 
 DEPTH = 8
 INITS = ("stepwise", "average", "lower", "upper")
@@ -155,15 +155,60 @@ def test_layers_that_differ_in_a_constant_are_refused_with_the_period() -> None:
     with pytest.raises(RecipeError, match="not the same function") as caught:
         depthc.compile(Scaled(), "tie", args=(torch.ones(2, 5, 8),), loops=2)
     assert "0.25" in str(caught.value)
-    assert "multiple of 2" in caught.value.remedy
+    assert "use loops=3:" in caught.value.remedy
     depthc.compile(Scaled(), "tie", args=(torch.ones(2, 5, 8),), loops=3)
+
+
+@pytest.mark.parametrize(("recipe", "options"), [("tie", {"loops": 3}), ("roll", {})])
+def test_a_first_layer_that_reads_the_argument_is_in_the_loop(recipe: str, options: dict[str, int]) -> None:
+    """Its input has another name than what the layers pass on."""
+    model, x = Scaled(), torch.randn(2, 5, 8)
+    for i in range(2, 6):
+        model.layers[i] = model.layers[i % 2]
+    compiled = depthc.compile(model, recipe, args=(x,), **options)  # type: ignore[arg-type]
+    (loop,) = (op for op in compiled.program.stacks[0].ops if isinstance(op, Loop))
+    assert (loop.count, len(loop.body), compiled.program.depths) == (3, 2, (6,))
+    assert depthc.parse(str(compiled.program), weights=compiled.program.weights) == compiled.program
+    assert torch.equal(compiled(x), model(x))
+
+
+def test_layers_that_are_one_already_are_not_looped_more_often_than_asked() -> None:
+    model = seeded(lambda: Stacked(Spec(depth=6, shared="all")))
+    (loop,) = depthc.compile(model, "tie", args=(ids(),), loops=2).program.stacks[0].ops
+    assert isinstance(loop, Loop)
+    assert (loop.count, len(loop.body)) == (2, 3)
+
+
+class TwoKinds(nn.Module):
+    """Attention layers; every third has a gate, and so a parameter more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(Attention() for _ in range(6))
+        self.mlps = nn.ModuleList(Mlp("swiglu" if i % 3 == 2 else "gelu") for i in range(6))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for mixer, mlp in zip(self.mixers, self.mlps, strict=True):
+            h = h + mixer(h)
+            h = h + mlp(h)
+        return h
+
+
+def test_values_come_from_layers_of_the_same_kind() -> None:
+    """Stepwise, the slots are layers 0, 2 and 5; but 2 has a gate and slot 1 has none, so it is the nearest without."""
+    model = seeded(TwoKinds)
+    compiled = depthc.compile(model, "tie", args=(states(),), loops=2)
+    assert len(compiled.program.blocks) == 2
+    for slot, source in enumerate([0, 1, 5]):
+        own = compiled.state_dict()[f"mlps.{slot}.up.weight"]
+        assert torch.equal(own, model.mlps[source].up.weight)
 
 
 def test_windows_that_differ_are_refused() -> None:
     model = oracle.build("hybrid", layers=6)
-    with oracle.Wide(), pytest.raises(RecipeError, match="they read") as caught:
+    with oracle.Wide(), pytest.raises(RecipeError, match="one reads") as caught:
         depthc.compile(model, "tie", kwargs={"input_ids": tokens()}, loops=2)
-    assert "multiple of 2" in caught.value.remedy
+    assert "use loops=3:" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
