@@ -31,6 +31,10 @@ SELECTED = 7
 SUBSET = 1e-10  # of the largest difference, in fp64
 
 
+class Unmet(Exception):
+    """A check ran and its result is not what it must be."""
+
+
 @dataclass
 class Application:
     """One call of a block, with what it read and wrote."""

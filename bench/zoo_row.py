@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 import zoo_checks
+import zoo_mor
 from architectures import ZOO, Architecture
 from compare import cut, difference, gradients, rows_difference, without_cache
 from torch import nn
+from zoo_checks import Unmet
 
 import depthc
 from depthc.codegen.module import lower
@@ -63,10 +65,6 @@ class Case:
         """What the model itself returns, caches off."""
         with torch.no_grad():
             return self.model(*args, **without_cache(self.model, kwargs))
-
-
-class Unmet(Exception):
-    """A check ran and its result is not what it must be."""
 
 
 def captured(case: Case) -> float:
@@ -180,6 +178,7 @@ CHECKS: dict[str, Check] = {
     "train": Check(lambda case: identity(case, training=True), 1e-6),
     "text": Check(text),
     "lines": Check(lines),
+    "mor": Check(layer_check(zoo_mor.mor)),
 }
 
 
@@ -190,7 +189,7 @@ def guarded(check: Check, case: Case) -> dict[str, Any]:
         value = check.run(case)
         found = {"status": "ok" if check.met(value, case.entry.tolerance) else "failed", "value": value}
     except depthc.DepthError as refusal:
-        found = {"status": "refused", "reason": first_line(refusal)}
+        found = {"status": "refused", "reason": reason_of(refusal)}
     except Unmet as unmet:
         found = {"status": "failed", "reason": str(unmet)}
     except Exception as error:  # anything else is a bug, and a bug is a result of this row, not the end of the run
@@ -198,25 +197,35 @@ def guarded(check: Check, case: Case) -> dict[str, Any]:
     return found | {"seconds": round(time.perf_counter() - start, 2)}
 
 
+def reason_of(refusal: depthc.DepthError) -> str:
+    """What is wrong; of a recipe that does not apply, also what was found: that says which op or which layers."""
+    found = f": {refusal.found}" if isinstance(refusal, depthc.RecipeError) and refusal.found else ""
+    return first_line(refusal) + found[:300]
+
+
 def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
-def results(entry: Architecture) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All checks of an architecture, in order; the ones that need a program are skipped when there is none."""
+def results(entry: Architecture, only: Collection[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All checks of an architecture, in order; the ones that need a program are skipped when there is none.
+
+    With `only`, these checks alone, and the capture that they need.
+    """
     args, kwargs = entry.example()
     torch.set_num_threads(1)
     case = Case(entry, entry.build(), args, kwargs)
-    for name, check in CHECKS.items():
+    chosen = {name: check for name, check in CHECKS.items() if not only or name in ("captured", *only)}
+    for name, check in chosen.items():
         if name != "captured" and case.program is None:
             yield name, {"status": "skipped", "reason": "not captured"}
         else:
             yield name, guarded(check, case)
 
 
-def write_row(name: str, path: Path) -> None:
+def write_row(name: str, path: Path, only: Collection[str] = ()) -> None:
     """Check the architecture `name`, rewriting the row at `path` after every check."""
     found: dict[str, Any] = {}
-    for check, result in results(ZOO[name]):
+    for check, result in results(ZOO[name], only):
         found[check] = result
         path.write_text(json.dumps(found))

@@ -19,6 +19,7 @@ HEADINGS = {
     "train": "identity, train",
     "text": "parse(print)",
     "lines": "lines",
+    "mor": "MoR, one step",
 }
 
 
