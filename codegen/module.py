@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from depthc.codegen.aux import Aux
+from depthc.codegen.checkpointing import Checkpointing
+from depthc.codegen.functions import function_of
 from depthc.codegen.loops import LoopBody
 from depthc.codegen.rows import RowsLowering
 from depthc.ir import sizes
@@ -28,7 +29,7 @@ from depthc.passes.recipe import Recipe
 _RESERVED = ("program", "recipe", "history", "add_losses", "selection")
 
 
-class DepthModule(nn.Module):
+class DepthModule(Checkpointing, nn.Module):
     """A lowered program. Its parameters have the names of the captured model's; under the identity recipe they are the
     same tensors.
 
@@ -48,14 +49,15 @@ class DepthModule(nn.Module):
         super().__init__()
         program = settle(program, copies=False)
         self.recipe, self.history = recipe or Recipe(), history
-        self.add_losses, self.selection, self._checkpointing = False, "inference", False
+        self.add_losses, self.selection = False, "inference"
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         values = WeightParams(program)
         made: dict[int, Tensor] = {}
         for name, param in program.params.items():
             self._register(name, values(name), param.kind, made)
         self._bodies = {body.certificate: body for body in _bodies(program)}
-        self._functions = {key: _function(body) for key, body in self._bodies.items()}
+        self._functions = {key: function_of(body) for key, body in self._bodies.items()}
+        self._by_mode = dict.fromkeys((False, True), self._functions)
         self._rows = RowsLowering()
         self._blocks = {block.body.certificate for block in program.blocks.values()}
         self.program = program.with_weights(_Weights(self))
@@ -115,16 +117,10 @@ class DepthModule(nn.Module):
         with the depth. `options` are those of torch.compile.
         """
         inner = partial(torch.compile, **options)
-        self._functions = {key: inner(_function(body)) for key, body in self._bodies.items()}
+        self._by_mode = {  # two functions a body: what one mode needs takes nothing of Dynamo's limit from the other
+            mode: {key: inner(function_of(body)) for key, body in self._bodies.items()} for mode in (False, True)
+        }
         self._rows = RowsLowering(inner)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Keep no activations inside blocks in training but compute them again backward; choices of tokens are kept."""
-        self._checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
-        self._checkpointing = False
 
     def loop(self, name: str) -> LoopBody:
         """The body of a loop, callable alone; `name` is the loop's index.
@@ -140,14 +136,14 @@ class DepthModule(nn.Module):
             self.program, self.parameter_of, device, self.training, self._run_body, selection=self.selection
         )
         evaluator.run_rows = self._rows
-        if self._checkpointing and self.training:
-            evaluator.run_rows = partial(checkpoint, self._rows, use_reentrant=False)
+        if self._checkpoint is not None and self.training:
+            evaluator.run_rows = partial(self._checkpoint, self._rows)
         return evaluator
 
     def _run_body(self, body: Body, inputs: Sequence[Any]) -> Sequence[Any]:
-        if self._checkpointing and self.training and body.certificate in self._blocks:
-            return checkpoint(self._functions[body.certificate], *inputs, use_reentrant=False)  # type: ignore[no-any-return]
-        return self._functions[body.certificate](*inputs)
+        if self._checkpoint is not None and self.training and body.certificate in self._blocks:
+            return self._checkpoint(self._by_mode[True][body.certificate], *inputs)  # type: ignore[no-any-return]
+        return self._by_mode[self.training][body.certificate](*inputs)
 
     def _with_losses(self, out: Any, aux: Aux) -> Any:
         """The output with the auxiliary losses added to its loss."""
@@ -270,12 +266,3 @@ def _bodies(program: Program) -> list[Body]:
 
 def _flat(ops: Sequence[Op]) -> list[Op]:
     return [inner for op in ops for inner in (_flat(op.body) if isinstance(op, Loop | On) else [op])]
-
-
-def _function(body: Body) -> Callable[..., Any]:
-    run = fx.GraphModule(nn.Module(), body.graph).forward
-
-    def function(*inputs: Any) -> Any:
-        return run(*inputs)
-
-    return function

@@ -1,8 +1,8 @@
 """Rows lowering: a block on a subset of its tokens as one FX graph.
 
 `run_rows` decides in Python what every op is told. Those decisions depend on what is given (positions, validity,
-caches), not on data or sizes. So it is traced once for every combination of them, with symbolic sizes, and from then on
-the graph runs: it is faster, and torch.compile takes it like any body.
+caches) and on dtypes, not on data or sizes. So it is traced once for every combination of them, with symbolic sizes,
+and from then on the graph runs: it is faster, and torch.compile takes it like any body.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
+from depthc.codegen.functions import with_own_code
 from depthc.ir import sizes
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.caches import Cached, cached_of
@@ -72,7 +73,8 @@ class RowsLowering:
         tensors: Arguments = {"carries": tuple(carries), "sides": tuple(sides), "params": tuple(params)}
         tensors |= {"ruler": ruler, "caches": tuple(caches), **{name: rows.get(name) for name in _ROW_SIZES}}
         modes = tuple(plan.mode for plan in kv)
-        way = _Way(block, tuple(consts), modes, ordered, training, device)
+        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        way = _Way(block, tuple(consts), modes, ordered, training, device, cast)
         leaves, spec = pytree.tree_flatten(tensors)
         key = (block.body, block.carries, *way.options, str(spec), tuple(map(_kind, leaves)))
         if key not in self._graphs:
@@ -81,8 +83,8 @@ class RowsLowering:
 
 
 def _kind(leaf: Any) -> Any:
-    """What of a leaf a graph depends on: whether it is there, and which of its sizes are 1."""
-    return tuple(size == 1 for size in leaf.shape) if isinstance(leaf, Tensor) else leaf
+    """What of a leaf a graph depends on: whether it is there, its dtype, and which of its sizes are 1."""
+    return (leaf.dtype, *(size == 1 for size in leaf.shape)) if isinstance(leaf, Tensor) else leaf
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,16 @@ class _Way:
     ordered: bool
     training: bool
     device: torch.device
+    cast: torch.dtype | None  # of autocast, if that is on
 
     @property
     def options(self) -> tuple[Any, ...]:
-        return self.consts, self.modes, self.ordered, self.training, str(self.device)
+        return self.consts, self.modes, self.ordered, self.training, str(self.device), self.cast
+
+    def autocast(self) -> torch.autocast:
+        """The autocast that the graph will run under: ops are recorded before its casts, but see their dtypes."""
+        on = self.cast is not None
+        return torch.autocast(self.device.type, self.cast, enabled=on, cache_enabled=False)  # no fakes in its cache
 
     @property
     def plans(self) -> list[Kv]:
@@ -135,7 +143,7 @@ def _trace(way: _Way, tensors: Arguments) -> Callable[..., Any]:
     examples = pytree.tree_leaves(_Examples(way.block, tensors).all())
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
         fakes = [example.fake(mode) for example in examples if example is not None]
-        with torch.no_grad(), torch.autocast(way.device.type, enabled=False):
+        with torch.no_grad(), way.autocast():
             graph = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes).graph
     graph.eliminate_dead_code()
     forward, shape = fx.GraphModule(nn.Module(), graph).forward, shapes[-1]
@@ -143,7 +151,7 @@ def _trace(way: _Way, tensors: Arguments) -> Callable[..., Any]:
     def lowered(*given: Tensor) -> Any:
         return pytree.tree_unflatten(forward(*given), shape)
 
-    return lowered
+    return with_own_code(lowered)
 
 
 @dataclass(frozen=True)
@@ -212,15 +220,15 @@ class _Examples:
     def _value(self, type: Any, tensor: Tensor, known: dict[int, int]) -> _Example:
         """An example of a body's input; `known` are sizes that are not those of its type."""
         wanted = {d: sizes.evaluate(s, self.hints) for d, s in enumerate(type.shape) if isinstance(s, str)} | known
-        return self._made(tensor, wanted, type.dtype)
+        return self._made(tensor, wanted)
 
-    def _made(self, tensor: Tensor, wanted: Mapping[int, int], dtype: torch.dtype) -> _Example:
+    def _made(self, tensor: Tensor, wanted: Mapping[int, int]) -> _Example:
         dims = tuple(d for d in wanted if tensor.shape[d] != 1)
         shape = [wanted[d] if d in dims else size for d, size in enumerate(tensor.shape)]
-        return _Example(torch.zeros(shape, dtype=dtype, device=tensor.device), dims)
+        return _Example(torch.zeros(shape, dtype=tensor.dtype, device=tensor.device), dims)
 
     def _rows(self, tensor: Tensor | None, count: int) -> _Example | None:
-        return None if tensor is None else self._made(tensor, {0: _BATCH, 1: count}, tensor.dtype)
+        return None if tensor is None else self._made(tensor, {0: _BATCH, 1: count})
 
     def _cache(self, port: int, cache: Cache | None) -> tuple[_Example, ...] | None:
         if cache is None:
@@ -247,5 +255,4 @@ class _Examples:
                 factor *= atom.size if here is None else here
             if d in (cached.batch, cached.dim):
                 wanted[d] = factor
-        cast = torch.is_autocast_enabled(tensor.device.type)  # graphs are traced without; it casts when they run
-        return self._made(tensor, wanted, self.axes.probe.values[cached.node].dtype if cast else tensor.dtype)
+        return self._made(tensor, wanted)

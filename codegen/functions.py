@@ -1,0 +1,31 @@
+"""Functions: bodies and graphs as Python functions that torch.compile counts apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from torch import fx, nn
+
+from depthc.ir.body import Body
+
+
+def function_of(body: Body) -> Callable[..., Any]:
+    """A body as one Python function of its inputs."""
+    run = fx.GraphModule(nn.Module(), body.graph).forward
+
+    def function(*inputs: Any) -> Any:
+        return run(*inputs)
+
+    return with_own_code(function)
+
+
+def with_own_code(function: FunctionType) -> FunctionType:
+    """The same function with a code object of its own.
+
+    Dynamo keeps what it compiled by code object, and gives up after a few entries: closures made by one `def` would
+    fill each other's share, and a model of many bodies would silently run uncompiled.
+    """
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
