@@ -1,0 +1,67 @@
+"""Symbolic shapes: the shape of every value inside a body, as expressions over its size names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from depthc.ir import sizes
+from depthc.ir.body import Body
+from depthc.ir.types import Type
+
+Shape = tuple[sympy.Expr, ...]
+
+# Sizes that stand for the names while ops decide by them: large, different, and none a multiple of another.
+_HINTS = (1009, 2003, 3001, 4001, 5003, 6007, 7001, 8009, 9001)
+
+
+def symbol(name: str) -> sympy.Symbol:
+    """The symbol of a size name: a positive integer."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def shapes_of(body: Body) -> dict[fx.Node, Any]:
+    """The shape of every tensor-valued node; a list of them where the value is a sequence.
+
+    A size that only the data decide (the tokens of one expert) is a symbol of its own, "u0", "u1", ...
+    """
+    names = sorted({n for i in body.inputs if isinstance(i.type, Type) for n in i.type.size_names()})
+    ruler = torch.empty(_HINTS[: len(names)], device="meta")
+    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))  # type: ignore[var-annotated]
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode, torch.no_grad():
+        known: dict[str, Any] = dict(zip(names, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
+        values = _propagate(body, known)
+    renamed = {size.node.expr: symbol(name) for name, size in known.items()}
+    return {node: _shape(value, renamed) for node, value in values.items()}
+
+
+def _propagate(body: Body, known: dict[str, Any]) -> dict[fx.Node, Any]:
+    values: dict[fx.Node, Any] = {}
+    for node in body.placeholders:
+        given = node.meta["input"]
+        if isinstance(given.type, Type):
+            shape = [sizes.evaluate(size, known) for size in given.type.shape]
+            values[node] = torch.empty(shape, dtype=given.type.dtype)
+        elif given.kind == "env":
+            values[node] = torch.device("cpu") if given.name == "device" else False
+        else:
+            values[node] = 1.0
+    for node in body.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values
+
+
+def _shape(value: Any, renamed: dict[Any, sympy.Symbol]) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(_size(size).subs(renamed) for size in value.shape)
+    return [_shape(v, renamed) for v in value] if isinstance(value, list | tuple) else None
+
+
+def _size(size: Any) -> sympy.Expr:
+    return sympy.Integer(size) if isinstance(size, int) else size.node.expr

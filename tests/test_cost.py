@@ -1,0 +1,141 @@
+"""Closed forms of FLOPs: against the operations that torch counts in a run, and against published ratios."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from typing import Any
+
+import mor_oracle as oracle
+import pytest
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import depthc
+from depthc.codegen.module import DepthModule, lower
+from depthc.ir.cost.flops import flops
+from depthc.ir.cost.pairs import pairs
+from depthc.ir.masks.factors import Factor, product
+from depthc.ir.program import Program
+from depthc.passes.pipeline import run_recipe
+from depthc.passes.recipes import recipe_of
+
+from .models import Spec, Stacked, ids, seeded
+from .test_tie import smollm
+
+BATCH, LENGTH = 3, 11
+QUICK = ("llama", "parallel")
+KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in oracle.KINDS]
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "identity": ("identity", {}),
+    "tie": ("tie", {}),
+    "mor": ("mor", {}),
+    "mor that shares keys": ("mor", {"kv": "share_first"}),
+}
+
+
+@cache
+def captured(kind: str) -> tuple[nn.Module, Program]:
+    model = oracle.build(kind)
+    with oracle.Wide():
+        return model, depthc.capture(model, kwargs=oracle.inputs_of(kind, torch.ones(2, 9, dtype=torch.bool)))
+
+
+def grouped(rows: tuple[int, ...], weights: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Every row is multiplied by the matrix of its group: [rows, k] with [groups, k, n]."""
+    return 2 * rows[0] * prod(weights[1:])
+
+
+def counted(module: DepthModule, inputs: dict[str, Tensor]) -> int:
+    """Operations that torch sees run; attention as plain matrix products, since its own kernels are not counted."""
+    mapping: dict[Any, Any] = {torch.ops.transformers.grouped_mm_fallback: grouped}
+    with torch.no_grad(), oracle.Wide(), sdpa_kernel(SDPBackend.MATH):
+        module(**inputs)  # rows are traced, which the counter would count
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            module(**inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_closed_form_counts_what_runs(kind: str, recipe: str) -> None:
+    program = run_recipe(captured(kind)[1], recipe_of(*RECIPES[recipe]))[0]
+    module = lower(program).eval()
+    module.selection = "training"
+    inputs = oracle.inputs_of(kind, torch.ones(BATCH, LENGTH, dtype=torch.bool))
+    sizes = program.signature.size_values(program.signature.flatten((), inputs))
+    assert flops(program, masked=False).subs(sizes) == counted(module, inputs)
+
+
+def test_masked_pairs_are_not_counted() -> None:
+    """A Llama by hand: projections, attention over half of the pairs, MLP and head."""
+    b, s, width, heads, size, hidden = 2, 10, oracle.WIDTH, 2, 8, 24
+    projections = 2 * b * s * width * (heads * size + 2 * size + heads * size + 3 * hidden)
+    attention = 2 * b * heads * (s * (s + 1) // 2) * 2 * size
+    expected = 8 * (projections + attention) + 2 * b * s * width * oracle.VOCAB
+    assert flops(captured("llama")[1]).subs({"b": b, "s": s}) == expected
+
+
+def test_windows_are_not_counted_beyond_their_width() -> None:
+    """Every other layer of the hybrid attends to a window."""
+    b, s, heads, size = 2, 10, 2, 8
+    every, near = (2 * b * heads * 2 * size * n for n in (s * s, s * (s + 1) // 2))
+    window = 2 * b * heads * 2 * size * sum(min(i + 1, oracle.WINDOW) for i in range(s))
+    program = captured("hybrid")[1]
+    found = flops(program, masked=False) - flops(program)
+    assert found.subs({"b": b, "s": s}) == 4 * (every - near) + 4 * (every - window)
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        (),
+        (Factor("causal"),),
+        (Factor("causal"), Factor("window", (4,))),
+        (Factor("band", (3,)),),
+        (Factor("span", (-2, 1)),),
+        (Factor("span", (None, 2)),),
+        (Factor("causal"), Factor("chunk", (5,))),
+        (Factor("chunk", (4,)),),
+        (Factor("causal"), Factor("window", (3,)), Factor("chunk", (4,))),
+    ],
+    ids=lambda factors: " ".join(map(str, factors)) or "all",
+)
+def test_pairs_are_those_of_the_relation(factors: tuple[Factor, ...]) -> None:
+    s = sympy.Symbol("s", integer=True, positive=True)
+    closed = pairs(factors, s)
+    for length in (1, 2, 3, 4, 5, 9, 12, 17):
+        assert closed.subs(s, length) == int(product(factors, length, length).sum()), length
+
+
+def test_operations_fall_as_capacities_say() -> None:
+    """One layer of three recursions: its share of the rows, and the square of it in attention."""
+    program = depthc.capture(seeded(lambda: Stacked(Spec(depth=3))), (ids(),))
+    sizes = {"b": 2, "s": 12}
+
+    def layers(capacities: tuple[float, ...]) -> int:
+        routed = run_recipe(program, recipe_of("tie(loops=3) | route()", {"capacities": capacities}))[0]
+        return int(flops(routed, masked=False).subs(sizes))
+
+    whole, half, third = layers((1.0, 1.0, 1.0)), layers((1.0, 0.5, 0.5)), layers((1.0, 0.5, 0.25))
+    assert whole == flops(program, masked=False).subs(sizes)
+    width = seeded(lambda: Stacked(Spec(depth=3))).head.weight.shape[1]
+    attention = 2 * 2 * 2 * 12 * 12 * width  # two products over all pairs
+    head = 2 * 2 * 12 * width * 13
+    each = (whole - head) / 3
+    linear = each - attention
+    assert half - head == each + 2 * (linear / 2 + attention / 4)
+    assert third - head == each + linear / 2 + attention / 4 + linear / 4 + attention / 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "loops", "published"), [(32, 2, 0.746), (32, 3, 0.664), (34, 4, 0.662)])
+def test_published_ratios(layers: int, loops: int, published: float) -> None:
+    """FLOPs a token of MoR over vanilla SmolLM-360M at 2048 tokens, embedding and head aside (recipes: section 9)."""
+    sizes, head = {"b": 1, "s": 2048}, 2 * 2048 * 960 * 49152
+    vanilla = flops(smollm(32)).subs(sizes) - head
+    routed = flops(run_recipe(smollm(layers), recipe_of("mor", {"loops": loops}))[0]).subs(sizes) - head
+    assert float(routed / vanilla) == pytest.approx(published, abs=1e-3)
