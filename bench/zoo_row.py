@@ -198,9 +198,9 @@ def guarded(check: Check, case: Case) -> dict[str, Any]:
 
 
 def reason_of(refusal: depthc.DepthError) -> str:
-    """What is wrong; of a recipe that does not apply, also what was found: that says which op or which layers."""
+    """What is wrong; of a recipe that does not apply, also what was found: which op, or which options."""
     found = f": {refusal.found}" if isinstance(refusal, depthc.RecipeError) and refusal.found else ""
-    return first_line(refusal) + found[:300]
+    return (first_line(refusal) + found)[:400]
 
 
 def first_line(error: BaseException) -> str:

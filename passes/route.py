@@ -128,15 +128,16 @@ class Route(Pass):
                 remedy="route a loop that tie or loop made, once",
             )
         for call in calls:
+            axes = analyse(program.blocks[call.block])
             try:
-                analyse(program.blocks[call.block]).require_legal()
+                axes.require_legal()
             except SubsetError as error:
                 raise self.refuse(
                     error.what,
                     where=", ".join(filter(None, (call.layer or call.block, error.where))),
                     expected=error.expected,
-                    found=error.found,
-                    remedy="route a loop of attention layers only, or tie without route",
+                    found="; ".join(dict.fromkeys(f"{r.op}: {r.reason}" for r in axes.refusals)),
+                    remedy="tie without route, or route layers that mix tokens by attention alone",
                 ) from error
             if self.kv == "share_first" and any("{" in p for p in call.params):
                 remedy = 'tie everything (norms="tied"), or use kv="recursion"'
