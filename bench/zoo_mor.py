@@ -24,10 +24,9 @@ from depthc.passes.layers import unrolled
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipe import Recipe
 from depthc.passes.recipes import recipe_of
-from depthc.passes.sharing import Sharing, legal_loops
-from depthc.passes.tie import difference
+from depthc.passes.sharing import Sharing, cycles
+from depthc.passes.tie import Tie, agree
 
-KINDS = ("middle_cycle", "cycle")  # the second where the layers between the outer ones do not repeat as a whole
 PROMISE = 0.01  # the share of the loss that a step takes off to first order: gradients differ by orders of magnitude
 
 
@@ -53,25 +52,26 @@ def mor(program: Program, model: nn.Module, args: tuple, kwargs: dict) -> str:
 
 
 def recipe_for(program: Program) -> Recipe:
-    """`mor` with the fewest loops under which layers that share agree, outer layers kept if they can be.
+    """`mor` with the first loops under which layers that share agree: outer layers kept, few loops.
 
-    Where there are none, the loops that are wrong in least, so that the refusal says what stands in the way.
+    Where there are none, the first of layers that are one block at least, so that the refusal says what differs.
     """
     layers = [op for op in unrolled(program.stacks[-1].ops) if isinstance(op, Call)]
-    ways = [Sharing(kind, len(layers), n) for kind in KINDS for n in legal_loops(kind, len(layers)) if n > 1]
-    best = min(ways, key=lambda way: _misfit(program, layers, way))
-    return recipe_of("mor", {"sharing": best.kind, "loops": best.loops})
+    ways = list(cycles(len(layers)))
+    best = min(ways, key=lambda way: (not agree(program, layers, way), not _one_block(layers, way)))
+    return recipe_of("mor", {"sharing": best.kind, "loops": best.loops, "keep": best.keep})
 
 
-def _misfit(program: Program, layers: Sequence[Call], way: Sharing) -> int:
-    """0 where layers that share agree, 1 where they are the same block at least."""
-    pairs = [(layers[way.slots.index(slot)], layer) for slot, layer in zip(way.slots, layers, strict=True)]
-    return any(difference(program, a, b) != "" for a, b in pairs) + any(a.block != b.block for a, b in pairs)
+def _one_block(layers: Sequence[Call], way: Sharing) -> bool:
+    return all(
+        layers[way.slots.index(slot)].block == layer.block for slot, layer in zip(way.slots, layers, strict=True)
+    )
 
 
 def _title(recipe: Recipe) -> str:
-    tie = recipe.passes[0]
-    return f"{tie.sharing} x{tie.loops}"  # type: ignore[attr-defined]
+    tie: Tie = recipe.passes[0]  # type: ignore[assignment]
+    kept = f" keep {tie.keep[0]}, {tie.keep[1]}" if tie.keep not in ((1, 1), (0, 0)) else ""
+    return f"{tie.sharing} x{tie.loops}{kept}"
 
 
 def _lowered(program: Program, model: nn.Module, recipe: Recipe, skip: tuple[str, ...]) -> DepthModule:

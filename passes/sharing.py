@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,20 +11,35 @@ SHARINGS = ("cycle", "sequence", "middle_cycle", "middle_sequence", "cycle_rev")
 INITS = ("stepwise", "average", "lower", "upper", "random", "random_layers")
 
 
-def legal_loops(sharing: str, layers: int) -> tuple[int, ...]:
+def legal_loops(sharing: str, layers: int, keep: tuple[int, int] = (1, 1)) -> tuple[int, ...]:
     """Every number of loops that divides the layers.
 
     Example:
         >>> legal_loops("middle_cycle", 8)
         (1, 2, 3, 6)
     """
-    inner = layers - 2 if sharing.startswith("middle") else layers
+    inner = layers - sum(keep) if sharing.startswith("middle") else layers
     return tuple(n for n in range(1, inner + 1) if inner % n == 0)
+
+
+def cycles(layers: int) -> Iterator[Sharing]:
+    """Every way to apply a cycle of layers more than once: with one layer kept at both ends, with none, then others.
+
+    Example:
+        >>> [(way.keep, way.loops) for way in cycles(3)]
+        [((0, 0), 3), ((0, 1), 2), ((1, 0), 2)]
+    """
+    some = sorted(((a, z) for a in range(layers) for z in range(layers - a)), key=sum)
+    for keep in dict.fromkeys(((1, 1), *some)):
+        kind = "middle_cycle" if any(keep) else "cycle"
+        yield from (Sharing(kind, layers, loops, keep) for loops in legal_loops(kind, layers, keep) if loops > 1)
 
 
 @dataclass(frozen=True)
 class Sharing:
     """Slots of `layers` layers under `loops` loops; where they do not divide, layers are left out, evenly spread.
+
+    `keep` says how many layers at the start and at the end stay their own under the "middle" sharings.
 
     Example:
         >>> Sharing("middle_cycle", 8, 3).slots
@@ -35,35 +51,40 @@ class Sharing:
     kind: str
     layers: int
     loops: int
+    keep: tuple[int, int] = (1, 1)
 
     @property
-    def middle(self) -> bool:
-        """Whether the first and the last layer keep parameters of their own."""
-        return self.kind.startswith("middle")
+    def outer(self) -> tuple[int, int]:
+        """How many layers at the start and at the end keep parameters of their own."""
+        return self.keep if self.kind.startswith("middle") else (0, 0)
 
     @property
     def period(self) -> int:
         """Layers that are shared: b in MoR's notation."""
-        return (self.layers - 2 if self.middle else self.layers) // self.loops
+        return (self.layers - sum(self.outer)) // self.loops
 
     @property
     def unique(self) -> int:
         """Slots: layers with parameters of their own."""
-        return self.period + (2 if self.middle else 0)
+        return self.period + sum(self.outer)
+
+    @property
+    def _inner(self) -> tuple[int, int]:
+        """The first and the last layer that share."""
+        return self.outer[0], self.layers - 1 - self.outer[1]
 
     @cached_property
     def kept(self) -> tuple[int, ...]:
         """The layers that stay, by their place in the original stack."""
-        count, last = self.period * self.loops, self.layers - 1
-        if self.middle:
-            return (0, *_spread(1, last - 1, count), last)
-        return _spread(0, last, count)
+        first, last = self._inner
+        return (*range(first), *_spread(first, last, self.period * self.loops), *range(last + 1, self.layers))
 
     @cached_property
     def slots(self) -> tuple[int, ...]:
         """The slot of every layer that stays."""
-        inner = [self._slot(i) for i in range(self.period * self.loops)]
-        return (0, *(1 + slot for slot in inner), self.unique - 1) if self.middle else tuple(inner)
+        first = self.outer[0]
+        inner = (first + self._slot(i) for i in range(self.period * self.loops))
+        return (*range(first), *inner, *range(first + self.period, self.unique))
 
     def _slot(self, i: int) -> int:
         if self.kind.endswith("sequence"):
@@ -78,11 +99,11 @@ class Sharing:
             >>> [Sharing("middle_cycle", 8, 3).sources(k, "stepwise") for k in range(4)]
             [(0,), (1,), (6,), (7,)]
         """
-        if self.middle and slot in (0, self.unique - 1):
-            return (0,) if slot == 0 else (self.layers - 1,)
+        first, last = self._inner
+        if not first <= slot < first + self.period:
+            return (slot,) if slot < first else (slot + self.layers - self.unique,)
         if init == "average":
             return tuple(layer for layer, own in zip(self.kept, self.slots, strict=True) if own == slot)
-        first, last = (1, self.layers - 2) if self.middle else (0, self.layers - 1)
         at = slot - first
         match init:
             case "lower" | "random":

@@ -13,11 +13,11 @@ import torch
 from depthc.ir.names import Names
 from depthc.ir.params import Expr, Mean, Param, Ref, Shuffle
 from depthc.ir.program import Call, Loop, Op, Program, Segment, Stack
-from depthc.passes.base import Pass
+from depthc.passes.base import Pass, text_of
 from depthc.passes.layers import layers_of, names_in, stack_of, used_params, with_stack, without_unused_params
 from depthc.passes.loop import shortest
 from depthc.passes.norms import norm_slots
-from depthc.passes.sharing import INITS, SHARINGS, Sharing, legal_loops
+from depthc.passes.sharing import INITS, SHARINGS, Sharing, cycles, legal_loops
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Tie(Pass):
     in a layer is tied, norms too.
 
     Options:
-        loops: how often the shared layers are applied; it divides the layers (without the two outer ones, if they are
+        loops: how often the shared layers are applied; it divides the layers (without the outer ones that are
             kept). For one shared layer, as in ALBERT, as many as there are layers: `loops=0`.
         sharing: "cycle", "sequence", "middle_cycle", "middle_sequence" or "cycle_rev" (recipes: section 1).
+        keep: how many layers at the start and at the end stay their own under the middle sharings.
         init: "stepwise", "average", "lower", "upper", "random" (fresh values) or "random_layers".
         round: "" for integer division in "stepwise", "mor" to round as its released code does.
         fit: "" refuses layers that do not divide; "resample" leaves layers out, evenly spread.
@@ -49,6 +50,7 @@ class Tie(Pass):
 
     loops: int = 2
     sharing: str = "cycle"
+    keep: tuple[int, int] = (1, 1)
     init: str = "stepwise"
     round: str = ""
     fit: str = ""
@@ -64,6 +66,9 @@ class Tie(Pass):
         self.require_one_of("round", ("", "mor"))
         self.require_one_of("fit", ("", "resample"))
         self.require_one_of("norms", ("tied", "per_depth"))
+        if type(self.keep) is not tuple or len(self.keep) != 2 or any(type(n) is not int or n < 0 for n in self.keep):
+            expected, remedy = "two numbers of layers, of the start and of the end", "give for example keep=(1, 1)"
+            raise self.refuse("option 'keep'", expected=expected, found=text_of(self.keep), remedy=remedy)
 
     def apply(self, program: Program) -> Program:
         """The program with fewer parameters."""
@@ -87,18 +92,19 @@ class Tie(Pass):
         return without_unused_params(tied, unused)
 
     def _sharing(self, stack: Stack, count: int) -> Sharing:
-        loops = self.loops or count
-        legal = legal_loops(self.sharing, count)
+        legal = legal_loops(self.sharing, count, self.keep)
+        loops = self.loops or max(legal, default=0)
         if loops not in legal and not (self.fit and loops <= max(legal, default=0)):
-            outer = " without the first and the last" if self.sharing.startswith("middle") else ""
+            outer = " without the first and the last" if self.keep == (1, 1) else " without those that are kept"
             near = sorted(legal, key=lambda n: (abs(n - loops), n))[:3]
             raise self.refuse(
-                f"{loops} loops do not divide the {count} layers of {stack.name!r}{outer}",
+                f"{loops} loops do not divide the {count} layers of {stack.name!r}"
+                f"{outer if self.sharing.startswith('middle') else ''}",
                 expected="loops of " + ", ".join(map(str, sorted(near))) if near else "more layers",
                 found=f"loops={loops}",
                 remedy=f'use loops={near[0]}, or fit="resample"' if near else "use another sharing",
             )
-        return Sharing(self.sharing, count, loops)
+        return Sharing(self.sharing, count, loops, self.keep)
 
     def _resampled(
         self, stack: Stack, ops: list[Op], places: list[int], sharing: Sharing
@@ -129,13 +135,14 @@ class Tie(Pass):
         """Loops under which layers that share agree, of this sharing if there are any."""
         ops, places = layers_of(self, stack)
         layers: list[Call] = [ops[i] for i in places]  # type: ignore[misc]
-        for kind in dict.fromkeys((self.sharing, "middle_cycle", "cycle")):
-            for loops in legal_loops(kind, len(layers))[1:]:
-                slots = Sharing(kind, len(layers), loops).slots
-                pairs = ((layers[slots.index(slot)], layer) for slot, layer in zip(slots, layers, strict=True))
-                if not any(difference(program, *pair) for pair in pairs):
-                    shared = "" if kind == self.sharing else f', sharing="{kind}"'
-                    return f"use loops={loops}{shared}: layers that then share agree"
+        own = [
+            Sharing(self.sharing, len(layers), n, self.keep) for n in legal_loops(self.sharing, len(layers), self.keep)
+        ]
+        for way in (*own[1:], *cycles(len(layers))):
+            if agree(program, layers, way):
+                other = [f"sharing={text_of(way.kind)}"] if way.kind != self.sharing else []
+                other += [f"keep={way.keep}"] if any(way.outer) and way.keep != self.keep else []
+                return f"use {', '.join([f'loops={way.loops}', *other])}: layers that then share agree"
         return f"leave this stack as it is: under no loops of its {len(layers)} layers do those that share agree"
 
     def _values(
@@ -165,9 +172,8 @@ class Tie(Pass):
 
     def _rolled(self, program: Program, stack: Stack, ops: list[Op], places: list[int], sharing: Sharing) -> Program:
         """What repeats as a loop, the outer layers outside."""
-        start, stop = (1, -1) if sharing.middle else (0, len(places))
-        begin = places[start] if start else 0
-        end = places[stop] if sharing.middle else len(ops)
+        start, stop = sharing.outer
+        begin, end = places[start] if start else 0, places[-stop] if stop else len(ops)
         if sharing.loops == 1:
             index = Names(names_in(program)).new(self.name)
             inner: tuple[Op, ...] = (Loop(index, 1, tuple(ops[begin:end])),)
@@ -182,6 +188,13 @@ def _alike(layers: Sequence[Call], number: int, layer: Call) -> Call:
     """The layer of a number or, if that is another block than `layer`, the nearest that is not: its values fit."""
     fitting = [i for i, other in enumerate(layers) if other.block == layer.block]
     return layers[min(fitting, key=lambda i: abs(i - number))]
+
+
+def agree(program: Program, layers: Sequence[Call], sharing: Sharing) -> bool:
+    """Whether all layers of every slot are the same function of their parameters."""
+    slots = sharing.slots
+    pairs = ((layers[slots.index(slot)], layer) for slot, layer in zip(slots, layers, strict=True))
+    return not any(difference(program, *pair) for pair in pairs)
 
 
 def difference(program: Program, one: Call, other: Call) -> str:

@@ -180,12 +180,12 @@ def test_layers_that_are_one_already_are_not_looped_more_often_than_asked() -> N
 
 
 class TwoKinds(nn.Module):
-    """Attention layers; every third has a gate, and so a parameter more."""
+    """Six attention layers; some have a gate, and so a parameter more."""
 
-    def __init__(self) -> None:
+    def __init__(self, gated: tuple[int, ...]) -> None:
         super().__init__()
         self.mixers = nn.ModuleList(Attention() for _ in range(6))
-        self.mlps = nn.ModuleList(Mlp("swiglu" if i % 3 == 2 else "gelu") for i in range(6))
+        self.mlps = nn.ModuleList(Mlp("swiglu" if i in gated else "gelu") for i in range(6))
 
     def forward(self, h: Tensor) -> Tensor:
         for mixer, mlp in zip(self.mixers, self.mlps, strict=True):
@@ -196,12 +196,40 @@ class TwoKinds(nn.Module):
 
 def test_values_come_from_layers_of_the_same_kind() -> None:
     """Stepwise, the slots are layers 0, 2 and 5; but 2 has a gate and slot 1 has none, so it is the nearest without."""
-    model = seeded(TwoKinds)
+    model = seeded(lambda: TwoKinds((2, 5)))
     compiled = depthc.compile(model, "tie", args=(states(),), loops=2)
     assert len(compiled.program.blocks) == 2
     for slot, source in enumerate([0, 1, 5]):
         own = compiled.state_dict()[f"mlps.{slot}.up.weight"]
         assert torch.equal(own, model.mlps[source].up.weight)
+
+
+def test_first_layers_of_another_kind_may_be_kept() -> None:
+    model = seeded(lambda: TwoKinds((0, 1)))
+    with pytest.raises(RecipeError, match="not the same function") as caught:
+        depthc.compile(model, "tie", args=(states(),), loops=2, sharing="middle_cycle")
+    assert "use loops=2, keep=(2, 0)" in caught.value.remedy
+    compiled = depthc.compile(model, "tie", args=(states(),), loops=2, sharing="middle_cycle", keep=(2, 0))
+    assert Sharing("middle_cycle", 6, 2, (2, 0)).slots == (0, 1, 2, 3, 2, 3)
+    (loop,) = (op for op in compiled.program.stacks[0].ops if isinstance(op, Loop))
+    assert (loop.count, len(loop.body)) == (2, 2)
+    for slot, source in enumerate([0, 1, 2, 5]):
+        assert torch.equal(compiled.state_dict()[f"mlps.{slot}.up.weight"], model.mlps[source].up.weight)
+
+
+@pytest.mark.parametrize("keep", [(0, 0), (0, 1), (3, 0), (2, 2)])
+def test_kept_layers_stay_their_own(keep: tuple[int, int]) -> None:
+    """What is kept changes nothing for the others: they are a stack by themselves."""
+    count = 8 - sum(keep)
+    for loops in legal_loops("cycle", count):
+        found, inner = Sharing("middle_cycle", 8, loops, keep), Sharing("cycle", count, loops)
+        ends = [*range(keep[0])], [*range(8 - keep[1], 8)]
+        assert found.slots[keep[0] : keep[0] + count] == tuple(keep[0] + slot for slot in inner.slots)
+        for init in INITS:
+            sources = [found.sources(slot, init) for slot in found.slots]
+            assert [*sources[: keep[0]], *sources[keep[0] + count :]] == [(i,) for end in ends for i in end]
+            own = [tuple(keep[0] + i for i in inner.sources(slot, init)) for slot in inner.slots]
+            assert sources[keep[0] : keep[0] + count] == own
 
 
 def test_windows_that_differ_are_refused() -> None:
@@ -219,6 +247,10 @@ def test_windows_that_differ_are_refused() -> None:
         ({"sharing": "cycles"}, "'sharing'", "'cycle'"),
         ({"init": "best"}, "'init'", "use"),
         ({"loops": -1}, "'loops'", "0"),
+        ({"keep": (1, -1)}, "'keep'", "(1, 1)"),
+        ({"keep": 2}, "'keep'", "(1, 1)"),
+        ({"keep": (2, 0), "sharing": "middle_cycle", "loops": 4}, "those that are kept", "loops=3"),
+        ({"keep": (4, 4), "sharing": "middle_cycle"}, "those that are kept", "another sharing"),
         ({"loops": 2.0}, "'loops'", "0"),
         ({"stack": "encoder"}, "no such stack", "name one"),
     ],
