@@ -91,6 +91,7 @@ class Route(Pass):
         loops = [op for op in stack.ops if isinstance(op, Loop) and self.loop in (None, op.index)]
         if len(loops) != 1:
             known = ", ".join(op.index for op in stack.ops if isinstance(op, Loop))
+            self._require_stream(stack)
             raise self.refuse(
                 f"the stack {stack.name!r} has {'no' if not loops else 'more than one'} loop to route",
                 expected="one loop over shared layers" if not loops else f"one of {known}",
@@ -98,6 +99,19 @@ class Route(Pass):
                 remedy='tie the layers first: tie(sharing="middle_cycle") | route()' if not loops else "name the loop",
             )
         return loops[0]
+
+    def _require_stream(self, stack: Stack) -> None:
+        """Refuse layers of which one writes another name: what it computes is read elsewhere too, so none is a loop."""
+        layers = [op for op in stack.ops if isinstance(op, Call)]
+        other = next((layer for layer in layers if layer.writes != layers[-1].writes), None)
+        if other is not None:
+            raise self.refuse(
+                f"the layers of the stack {stack.name!r} form no loop",
+                where=other.layer,
+                expected="layers whose results the next layer alone reads",
+                found=f"{', '.join(other.writes)} is read behind the next layer as well",
+                remedy="route a model that does not return or skip to what its inner layers compute",
+            )
 
     def _capacities(self, loop: Loop) -> tuple[float, ...]:
         count = loop.count

@@ -49,6 +49,27 @@ def test_layers_that_are_not_tied_have_no_loop() -> None:
     assert "tie" in caught.value.remedy
 
 
+class Returning(nn.Module):
+    """Every layer's result is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(4))
+
+    def forward(self, h: Tensor) -> list[Tensor]:
+        results = []
+        for layer in self.layers:
+            h = h + layer(h)
+            results.append(h)
+        return results
+
+
+def test_layers_whose_results_are_read_elsewhere_form_no_loop() -> None:
+    with pytest.raises(RecipeError, match="form no loop") as caught:
+        depthc.compile(seeded(Returning), "tie(loops=2) | route()", args=(torch.randn(2, 5, 8),))
+    assert "read behind the next layer" in caught.value.found
+
+
 class Convolved(nn.Module):
     """Layers that mix tokens by a convolution."""
 

@@ -20,6 +20,7 @@ SPECIAL_TOKENS = 3  # the lowest ids are padding, start and end in most configur
 
 NOT_CAUSAL = ("incremental",)  # reasons for which a check may refuse, as `refuses` of an entry
 STATEFUL = ("subset", "incremental")
+SCANNED = (*STATEFUL, "mor")  # layers that scan, convolve or rearrange the tokens have no recursions of fewer tokens
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Options = Mapping[str, Any]

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from functools import partial
 
-from .base import STATEFUL, VOCAB, WIDTH, Architecture, Inputs, causal, draw, encoder, hugging_face, ids, small, vision
+from .base import (
+    SCANNED,
+    STATEFUL,
+    VOCAB,
+    WIDTH,
+    Architecture,
+    Inputs,
+    causal,
+    draw,
+    encoder,
+    hugging_face,
+    ids,
+    small,
+    vision,
+)
 
 IMAGE = {
     "hidden_size": WIDTH,
@@ -107,7 +121,7 @@ TEXT_ENCODERS = (
         XLNET,
         model="XLNetLMHeadModel",
         kind="relative-bias",
-        refuses=STATEFUL,
+        refuses=SCANNED,
         notes="the carry is [token, batch, feature]; memories are off",
     ),
 )
@@ -123,7 +137,7 @@ VISION = (
         "Swin",
         (4,),
         SWIN | {"window_size": 2},
-        refuses=(*STATEFUL, "train"),
+        refuses=(*SCANNED, "train"),
         notes="shift pairs, dropped at random in train mode; only the last stage repeats",
     ),
     vision(
@@ -132,7 +146,7 @@ VISION = (
         (4,),
         IMAGE | {"num_frames": 2},
         inputs=frame_inputs,
-        refuses=STATEFUL,
+        refuses=SCANNED,
         notes="attention over time, then over space",
     ),
     causal(

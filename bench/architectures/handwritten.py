@@ -169,7 +169,7 @@ HAND_WRITTEN = (
         partial(feature_inputs, 24),
         (3, 3),
         kind="long-skip",
-        refuses=NOT_CAUSAL,
+        refuses=(*NOT_CAUSAL, "mor"),
         stream={0: "btf"},
         notes="long skips: the middle layer is left out, or the whole refused with a reason",
     ),

@@ -9,7 +9,7 @@ from torch import nn
 
 from .base import (
     NOT_CAUSAL,
-    STATEFUL,
+    SCANNED,
     WIDTH,
     Architecture,
     Inputs,
@@ -85,7 +85,7 @@ TEXT = (
             chunk_size=8,
         ),
         kind="hybrid",
-        refuses=STATEFUL,
+        refuses=SCANNED,
         notes="irregular: three layer kinds in no period",
     ),
     causal(
@@ -99,7 +99,7 @@ TEXT = (
             layer_types=["linear_attention", "full_attention"] * 2,
         ),
         kind="hybrid",
-        refuses=STATEFUL,
+        refuses=SCANNED,
         dynamic="batch",
         other=(17, 5),
         notes="lightning attention: one Python loop step a block of tokens",
@@ -124,7 +124,14 @@ TEXT = (
     ),
     causal("apertus", "Apertus", (4,), small(), notes="an activation with its own parameters"),
     causal("arcee", "Arcee", (4,), small(), notes="squared relu, no gate"),
-    causal("diffllama", "DiffLlama", (4,), small(), notes="differential attention; one constant differs per layer"),
+    causal(
+        "diffllama",
+        "DiffLlama",
+        (4,),
+        small(),
+        refuses=("mor",),
+        notes="differential attention; one constant differs per layer",
+    ),
 )
 
 OTHER = (

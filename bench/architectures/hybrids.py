@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import STATEFUL, VOCAB, WIDTH, Architecture, Options, causal, small
+from .base import SCANNED, VOCAB, WIDTH, Architecture, Options, causal, small
 
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 8}
 RWKV = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 4}
@@ -17,7 +17,7 @@ UNROLLED = {"dynamic": "batch", "other": (17, 5)}
 
 def stateful(name: str, family: str, depths: tuple[int, ...], options: Options, **entry: Any) -> Architecture:
     """An entry whose layers carry a state over the tokens: they have no attention cache and no subset of tokens."""
-    return causal(name, family, depths, options, refuses=STATEFUL, **entry)
+    return causal(name, family, depths, options, refuses=SCANNED, **entry)
 
 
 def rwkv(name: str, config: dict[str, Any], notes: str) -> Architecture:
