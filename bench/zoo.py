@@ -83,10 +83,11 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def merged(old: dict[str, Any] | None, new: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
-    """A row with the checks of `only` done anew; a capture that was but the way to them counts where it failed."""
+    """A row with the checks of `only` done anew; a capture that was but the way to them counts where it now differs."""
     if not old or not only:
         return new
-    done = {name: found for name, found in new["checks"].items() if name in only or found["status"] != "ok"}
+    status = {name: found["status"] for name, found in old["checks"].items()}
+    done = {name: found for name, found in new["checks"].items() if name in only or found["status"] != status.get(name)}
     stopped = new["stopped"] or old["stopped"]
     return new | {"checks": old["checks"] | done, "stopped": stopped, "seconds": old["seconds"]}
 
