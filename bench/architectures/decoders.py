@@ -78,8 +78,9 @@ SLIDING = (
         small(num_hidden_layers=10, head_dim=16, sliding_window=8, laurel_rank=8, num_kv_shared_layers=0, **ALTUP),
         config="Gemma3nTextConfig",
         kind="altup",
-        refuses=("train",),
-        notes="AltUp: the carry is [streams, batch, token, feature]; train mode clamps weights in place",
+        refuses=("train", "mor"),
+        notes="AltUp: the carry is [streams, batch, token, feature], each layer reads an embedding of its own; train mode"
+        " clamps weights in place",
     ),
     causal("gpt_neo", "GPTNeo", (4,), GPT_NEO, kind="sliding"),
     causal(
