@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import depthc
 from depthc.codegen.module import DepthModule
@@ -70,51 +69,42 @@ def test_layers_whose_results_are_read_elsewhere_form_no_loop() -> None:
     assert "read behind the next layer" in caught.value.found
 
 
-class Convolved(nn.Module):
-    """Layers that mix tokens by a convolution."""
+class Mixer(nn.Module):
+    """A layer that mixes tokens by a convolution or a scan."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.embed = nn.Embedding(13, 8)
-        self.layers = nn.ModuleList(nn.Conv1d(8, 8, 3, padding=1) for _ in range(4))
+        self.kind, self.conv, self.linear = kind, nn.Conv1d(8, 8, 3, padding=1), nn.Linear(8, 8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.kind == "convolution":
+            return h + self.conv(h.transpose(1, 2)).transpose(1, 2)
+        return h + self.linear(h).cumsum(1)
+
+
+class Mixing(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(13, 8), nn.ModuleList(Mixer(kind) for _ in range(4))
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.embed(ids)
         for layer in self.layers:
-            h = h + F.conv1d(h.transpose(1, 2), layer.weight, layer.bias, padding=1).transpose(1, 2)
+            h = layer(h)
         return h
 
 
-def test_layers_that_mix_tokens_are_refused_with_their_line() -> None:
+@pytest.mark.parametrize(
+    ("kind", "op", "line"),
+    [("convolution", "conv1d", "self.conv(h"), ("scan", "cumsum", "self.linear(h).cumsum(1)")],
+)
+def test_layers_that_mix_tokens_are_refused_with_the_models_line(kind: str, op: str, line: str) -> None:
     with pytest.raises(RecipeError, match="cannot run on a subset") as caught:
-        depthc.compile(Convolved(), "tie(loops=2) | route()", args=(ids(),))
-    assert "conv" in caught.value.found
+        depthc.compile(Mixing(kind), "tie(loops=2) | route()", args=(ids(),))
+    assert op in caught.value.found
     assert "test_route.py" in caught.value.where
+    assert line in caught.value.where
     assert caught.value.remedy
-
-
-class Framed(nn.Module):
-    """Attention over frames of ten samples: a sequence is a tenth as long as the argument."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(10, 8)
-        self.layers = nn.ModuleList(Attention("masked") for _ in range(4))
-
-    def forward(self, samples: Tensor) -> Tensor:
-        h = self.embed(samples.unfold(1, 10, 10)[:, 2:])
-        mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
-        for layer in self.layers:
-            h = h + layer(h, mask)
-        return h
-
-
-def test_tokens_may_be_a_small_part_of_a_size() -> None:
-    model = seeded(Framed)
-    compiled = depthc.compile(model, "mor", args=(torch.randn(2, 95),), loops=2).train()
-    for samples in (95, 147):
-        out, aux = compiled.forward_with_aux(torch.randn(2, samples))
-        assert [int(r.chosen[0].sum()) for r in aux.routes] == [out.shape[1], out.shape[1] // 2]
 
 
 def test_scores_that_are_not_numbers(routed: DepthModule) -> None:

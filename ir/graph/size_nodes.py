@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Mapping
 from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -19,6 +20,7 @@ from depthc.ir.sizes import Size
 aten = torch.ops.aten
 
 _SIZE_FUNCTIONS = {"max": torch.sym_max, "min": torch.sym_min}
+_TORCH = str(Path(torch.__file__).parent)
 
 
 class SizeEmitter:
@@ -104,11 +106,15 @@ class SizeNames:
 
 
 def source_of(node: fx.Node) -> str:
-    """The line of the user's model that made a node, as "file.py:12 (code)", or ""."""
+    """The line of the user's model that made a node, as "file.py:12 (code)", or "".
+
+    A line of torch itself (of `torch.nn.Conv1d`, say) tells nobody which layer it is; the line that called it does.
+    """
     if "source" in node.meta:
         return str(node.meta["source"])
     frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)', node.meta.get("stack_trace") or "")
-    return "{}:{} ({})".format(*frames[-1]) if frames else ""
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    return "{}:{} ({})".format(*(own or frames)[-1]) if frames else ""
 
 
 _LAYOUT = {aten.unsqueeze.default, aten.expand.default, aten.transpose.int, aten.reshape.default, aten._to_copy.default}
