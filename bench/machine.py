@@ -1,0 +1,32 @@
+"""What a result was measured on, and results as JSON files."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """The command, the device and the versions, as every result holds them."""
+    import transformers
+
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "command": " ".join(["python", "bench/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": name,
+        "versions": versions | {"python": platform.python_version()},
+    }
+
+
+def save(report: dict[str, Any], path: Path | None) -> None:
+    """Print a report, and write it if there is a path."""
+    text = json.dumps(report, indent=1)
+    print(text)
+    if path is not None:
+        path.write_text(text + "\n")

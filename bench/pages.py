@@ -1,0 +1,74 @@
+"""Tables of docs/measured.md, made from bench/results/.
+
+    python bench/pages.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "measured.md"
+
+Report = dict[str, Any]
+
+
+def origin(report: Report) -> str:
+    """What a table was measured on and how."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"{report['device']}, {versions}; `{report['command']}`."
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table; all columns but the first are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cold(report: Report) -> str:
+    """Seconds of the first compiled step, with the ratio to torch.compile of the model itself."""
+    plain = next(row for row in report["rows"] if row["recipe"] == "model")
+    rows = []
+    for row in report["rows"]:
+        seconds = [f"{row['first']:.1f}", f"{plain['first'] / row['first']:.1f}x"]
+        steps = [f"{1000 * row[name]:.1f}" for name in ("second", "eager")]
+        rows.append([f"{row['recipe']}, {row['door']}", str(row["graphs"]), *seconds, *steps, f"{row['error']:.0e}"])
+    head = ["module, door", "graphs", "first step, s", "faster", "later step, ms", "eager step, ms", "relative error"]
+    return f"{origin(report)} {report['layers']} layers, backend {report['backend']}.\n\n{markdown(head, rows)}"
+
+
+def agreement(report: Report) -> str:
+    """Relative errors of the routed module, beside those of the model that it was made of."""
+    rows = [
+        [f"{kv}, {dtype}", f"{found['routed']:.1e}", f"{found['model']:.1e}", f"{found['routed'] / found['model']:.2f}"]
+        for kv, case in report["cases"].items()
+        for dtype, found in case.items()
+    ]
+    return f"{origin(report)}\n\n{markdown(['keys, precision', 'mor', 'the model', 'ratio'], rows)}"
+
+
+TABLES: dict[str, Callable[[Report], str]] = {"cold": cold, "agreement": agreement}
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """A page with what is between the markers of `name` replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}"
+
+
+def current() -> str:
+    """The page as its results have it."""
+    page = PAGE.read_text()
+    for name, table in TABLES.items():
+        page = replaced(page, name, table(json.loads((RESULTS / f"{name}.json").read_text())))
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(current())
+    sys.exit()
