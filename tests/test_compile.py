@@ -123,8 +123,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("recipe", "part", "training", "kind"), CASES)
-def test_compiled_is_evaluate(recipe: str, part: str, training: bool, kind: str) -> None:
-    """Also where the first carry of the loop takes no gradient, which the later ones do."""
+def test_compiled_is_evaluate(
+    recipe: str, part: str, training: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first carry of the loop takes no gradient, which the later ones do.
+
+    Of a whole routed module Dynamo compiles frame by frame, and may give up on some: that must not change a number.
+    """
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", part == "bodies" or recipe == "tie")
     module = lowered(program_of(kind), *RECIPES[recipe]).train(training)
     backend = Counting("aot_eager")
     whole = torch.compile(module, backend=backend) if part == "whole" else module
@@ -146,9 +152,8 @@ def test_compiled_is_evaluate(recipe: str, part: str, training: bool, kind: str)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++")), reason="there is no C++ compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_inductor_is_eager() -> None:
-    module = lowered(program_of("tokens"), *RECIPES["recursion"]).train()
+    module = lowered(program_of("tokens", 4), "mor", {"loops": 2}).train()  # few graphs: each takes seconds
     expected = judged(module, module, ids(2, 9))
     module.compile()
     assert_judged_alike(judged(module, module, ids(2, 9)), expected, 1e-10)

@@ -79,25 +79,25 @@ class Recorded:
         return self.batches[-1]
 
 
-def trainer_of(module: nn.Module, folder: Path, collator: Recorded) -> Any:
+def trainer_of(module: nn.Module, folder: Path, collator: Recorded, **options: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     rows = [{"input_ids": row, "labels": row} for row in TOKENS.tolist()]
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        learning_rate=RATE,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=4,
-        gradient_accumulation_steps=2,
-        gradient_checkpointing=True,
-        optim="adamw_torch",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "learning_rate": RATE,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "optim": "adamw_torch",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(**settings | options)
     return Trainer(module, arguments, train_dataset=rows, eval_dataset=rows, data_collator=collator)
 
 
@@ -119,7 +119,7 @@ def test_trainer_is_a_loop_by_hand(tmp_path: Path) -> None:
     module = routed(llama()[1], loss=1.0, std=0.5)
     module.add_losses = True
     mine, before = copy.deepcopy(module), copy.deepcopy(module.state_dict())
-    trainer = trainer_of(module, tmp_path, collator := Recorded())
+    trainer = trainer_of(module, tmp_path, collator := Recorded(), gradient_checkpointing=True)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == STEPS
@@ -149,8 +149,21 @@ def _saves(trainer: Any, module: DepthModule, folder: Path) -> None:
     assert torch.equal(fresh(**BATCH).logits, module(**BATCH).logits)
 
 
+def test_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole = routed(llama()[1], loss=1.0)
+    whole.add_losses = True
+    resumed, start = copy.deepcopy(whole), copy.deepcopy(whole.state_dict())
+    options = {"save_strategy": "steps", "save_steps": STEPS // 2}
+    trainer_of(whole, tmp_path, Recorded(), **options).train()
+    halfway = str(tmp_path / f"checkpoint-{STEPS // 2}")
+    trainer_of(resumed, tmp_path, seen := Recorded(), **options).train(resume_from_checkpoint=halfway)
+    assert len(seen.batches) < 2 * STEPS
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weight), name
+        assert not torch.equal(start[name], weight), name
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 def test_trainer_does_not_save_tied_embeddings_but_save_does(tmp_path: Path) -> None:
     """The Trainer hands the state dict to safetensors, which takes no tensor under two names."""
     import transformers
