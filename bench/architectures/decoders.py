@@ -79,8 +79,8 @@ SLIDING = (
         config="Gemma3nTextConfig",
         kind="altup",
         refuses=("train", "mor"),
-        notes="AltUp: the carry is [streams, batch, token, feature], each layer reads an embedding of its own; train mode"
-        " clamps weights in place",
+        notes="AltUp: the carry is [streams, batch, token, feature]; each layer reads an embedding of its own; train"
+        " mode clamps weights in place",
     ),
     causal("gpt_neo", "GPTNeo", (4,), GPT_NEO, kind="sliding"),
     causal(
