@@ -7,7 +7,7 @@ and from then on the graph runs: it is faster, and torch.compile takes it like a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,18 +167,10 @@ class _Example:
 
 
 def _hints(names: Sequence[str], wanted: Set[Size]) -> dict[str, int]:
-    """Sizes of the names, at which those derived of them are large enough and differ: samples of audio make few tokens.
-
-    The smallest that there are, as tensors of them are made.
-    """
-
-    def wrong(hints: dict[str, int]) -> tuple[bool, int]:
-        found = [sizes.evaluate(size, hints) for size in wanted]
-        return min(found, default=2) < 2, len(found) - len({*found} - {_ROWS, _KEYS})
-
+    """Sizes of the names; larger where those derived of them would be too small: samples of audio make few tokens."""
     bases = dict(zip(names, _OTHERS, strict=False))
     ways = [{"b": _BATCH, **{name: scale * size for name, size in bases.items()}} for scale in (1, 8, 64, 512)]
-    return min(ways, key=wrong)
+    return next((way for way in ways if all(sizes.evaluate(size, way) > 1 for size in wanted)), ways[0])
 
 
 class _Examples:
@@ -188,12 +180,17 @@ class _Examples:
         self.block, self.tensors, self.axes = block, tensors, analyse(block)
         self.inputs = block.body.inputs_of("value")
         names = sorted({n for i in self.inputs if isinstance(i.type, Type) for n in i.type.size_names()} - {"b"})
-        shapes = [i.type.shape for i in self.inputs if isinstance(i.type, Type)]
-        self.hints = _hints(names, {s for shape in shapes for s in shape if isinstance(s, str)})
+        self.hints = _hints(names, {size for size, now in self._sizes() if now != 1})
         label = self.axes.labels[block.body.placeholders_of("value")[0]]
         self.batch_dim, self.token_dim = label.index((self.axes.batch,)), label.index((self.axes.token,))
         self.length = self.inputs[0].type.shape[self.token_dim]  # type: ignore[union-attr]
         self.batch = tensors["carries"][0].shape[self.batch_dim]
+
+    def _sizes(self) -> Iterator[tuple[Size, int]]:
+        """Every size of the inputs that is an expression, with what it is in the call."""
+        for i, tensor in zip(self.inputs, (*self.tensors["carries"], *self.tensors["sides"]), strict=True):
+            if isinstance(i.type, Type):
+                yield from ((s, n) for s, n in zip(i.type.shape, tensor.shape, strict=True) if isinstance(s, str))
 
     def all(self) -> Arguments:
         """The examples."""

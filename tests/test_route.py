@@ -10,7 +10,7 @@ import depthc
 from depthc.codegen.module import DepthModule
 from depthc.ir.errors import InputError, RecipeError, RoutingError
 
-from .models import Attention, Spec, Stacked, ids, seeded
+from .models import Attention, Spec, Stacked, ids, seeded, states
 
 
 def make(**spec: object) -> nn.Module:
@@ -105,6 +105,54 @@ def test_layers_that_mix_tokens_are_refused_with_the_models_line(kind: str, op: 
     assert "test_route.py" in caught.value.where
     assert line in caught.value.where
     assert caught.value.remedy
+
+
+class Framed(nn.Module):
+    """Attention over frames of ten samples: a sequence is a tenth as long as the argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(10, 8)
+        self.layers = nn.ModuleList(Attention("masked") for _ in range(4))
+
+    def forward(self, samples: Tensor) -> Tensor:
+        h = self.embed(samples.unfold(1, 10, 10)[:, 2:])
+        mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
+        for layer in self.layers:
+            h = h + layer(h, mask)
+        return h
+
+
+def test_tokens_may_be_a_small_part_of_a_size() -> None:
+    model = seeded(Framed)
+    compiled = depthc.compile(model, "mor", args=(torch.randn(2, 95),), loops=2).train()
+    for samples in (95, 147):
+        out, aux = compiled.forward_with_aux(torch.randn(2, samples))
+        assert [int(r.chosen[0].sum()) for r in aux.routes] == [out.shape[1], out.shape[1] // 2]
+
+
+class Biased(nn.Module):
+    """Attention with a bias that is the end of a table, as MPT's: up to a length, it is as long as the sequence."""
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(longest))
+        self.layers = nn.ModuleList(Attention("masked") for _ in range(4))
+
+    def forward(self, h: Tensor) -> Tensor:
+        bias = self.table[-h.shape[1] :][None]
+        for layer in self.layers:
+            h = h + layer(h, bias)
+        return h
+
+
+@pytest.mark.parametrize("longest", [64, 12])
+def test_sizes_that_are_equal_up_to_a_length(longest: int) -> None:
+    model = seeded(lambda: Biased(longest))
+    compiled = depthc.compile(model, "mor", args=(states(2, 5),), loops=2).train()
+    for length in (5, 9):
+        _, aux = compiled.forward_with_aux(states(2, length))
+        assert [int(r.chosen[0].sum()) for r in aux.routes] == [length, length // 2]
 
 
 def test_scores_that_are_not_numbers(routed: DepthModule) -> None:
