@@ -32,9 +32,9 @@ class Checkpointing:
             InputError: an option that is not known here, such as reentrant checkpoints.
         """
         options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        known = {"use_reentrant": (options["use_reentrant"], False)}
-        known |= {"every_n_layers": (every_n_layers, 1), "offload": (offload, False)}
-        for name, (found, expected) in known.items():
+        given = {"use_reentrant": options["use_reentrant"], "every_n_layers": every_n_layers, "offload": offload}
+        for name, expected in {"use_reentrant": False, "every_n_layers": 1, "offload": False}.items():
+            found = given[name]
             if found != expected:
                 raise InputError(
                     f"checkpoints of activations have no {name}={found!r} here",

@@ -21,11 +21,12 @@ def function_of(body: Body) -> Callable[..., Any]:
     return with_own_code(function)
 
 
-def with_own_code(function: FunctionType) -> FunctionType:
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own.
 
     Dynamo keeps what it compiled by code object, and gives up after a few entries: closures made by one `def` would
     fill each other's share, and a model of many bodies would silently run uncompiled.
     """
+    assert isinstance(function, FunctionType)
     code = function.__code__.replace()
     return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
