@@ -203,7 +203,8 @@ def difference(program: Program, one: Call, other: Call) -> str:
     if one.block != other.block:
         return f"one is a {one.block}, the other a {other.block}"
     if one.consts != other.consts:
-        return f"their constants are {one.consts} and {other.consts}"
+        pairs = zip(one.consts, other.consts, strict=True)
+        return "a constant is {} in one and {} in the other".format(*next((a, b) for a, b in pairs if a != b))
     if one.reads[carries:] != other.reads[carries:]:
         pairs = zip(one.reads[carries:], other.reads[carries:], strict=True)
         return "one reads {!r} where the other reads {!r}".format(*next((a, b) for a, b in pairs if a != b))
