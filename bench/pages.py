@@ -1,6 +1,6 @@
 """Tables of docs/measured.md, made from bench/results/.
 
-    python bench/pages.py
+python bench/pages.py
 """
 
 from __future__ import annotations
