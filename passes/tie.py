@@ -202,12 +202,12 @@ def difference(program: Program, one: Call, other: Call) -> str:
     carries = program.blocks[one.block].carries
     if one.block != other.block:
         return f"one is a {one.block}, the other a {other.block}"
-    if one.consts != other.consts:
-        pairs = zip(one.consts, other.consts, strict=True)
-        return "a constant is {} in one and {} in the other".format(*next((a, b) for a, b in pairs if a != b))
-    if one.reads[carries:] != other.reads[carries:]:
-        pairs = zip(one.reads[carries:], other.reads[carries:], strict=True)
-        return "one reads {!r} where the other reads {!r}".format(*next((a, b) for a, b in pairs if a != b))
+    for mine, theirs in zip(one.consts, other.consts, strict=True):
+        if mine != theirs:
+            return f"a constant is {mine} in one and {theirs} in the other"
+    for read, instead in zip(one.reads[carries:], other.reads[carries:], strict=True):
+        if read != instead:
+            return f"one reads {read!r} where the other reads {instead!r}"
     for a, b in zip(one.params, other.params, strict=True):
         kind = program.params[a].kind
         if a != b and kind in ("buffer", "constant") and not _equal_weights(program, a, b):
