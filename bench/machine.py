@@ -18,10 +18,16 @@ def provenance(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
-        "command": " ".join(["python", "bench/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", "bench/" + Path(sys.argv[0]).name, *_options()]),
         "device": name,
         "versions": versions | {"python": platform.python_version()},
     }
+
+
+def _options() -> list[str]:
+    """The options of the command, without the place where its results go."""
+    given = sys.argv[1:]
+    return given[: given.index("--out")] + given[given.index("--out") + 2 :] if "--out" in given else given
 
 
 def save(report: dict[str, Any], path: Path | None) -> None:

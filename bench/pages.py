@@ -1,7 +1,4 @@
-"""Tables of docs/measured.md, made from bench/results/.
-
-python bench/pages.py
-"""
+"""Tables of docs/measured.md, made from bench/results/: `python bench/pages.py`."""
 
 from __future__ import annotations
 
@@ -34,6 +31,9 @@ def cold(report: Report) -> str:
     plain = next(row for row in report["rows"] if row["recipe"] == "model")
     rows = []
     for row in report["rows"]:
+        if "failed" in row:
+            rows.append([f"{row['recipe']}, {row['door']}", row["failed"], *[""] * 5])
+            continue
         seconds = [f"{row['first']:.1f}", f"{plain['first'] / row['first']:.1f}x"]
         steps = [f"{1000 * row[name]:.1f}" for name in ("second", "eager")]
         rows.append([f"{row['recipe']}, {row['door']}", str(row["graphs"]), *seconds, *steps, f"{row['error']:.0e}"])

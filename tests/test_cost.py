@@ -51,7 +51,8 @@ def grouped(rows: tuple[int, ...], weights: tuple[int, ...], *_: Any, **__: Any)
 
 def counted(module: DepthModule, inputs: dict[str, Tensor]) -> int:
     """Operations that torch sees run; attention as plain matrix products, since its own kernels are not counted."""
-    mapping: dict[Any, Any] = {torch.ops.transformers.grouped_mm_fallback: grouped}
+    own = getattr(getattr(torch.ops, "transformers", None), "grouped_mm_fallback", None)  # once a mixture was built
+    mapping: dict[Any, Any] = {} if own is None else {own: grouped}
     with torch.no_grad(), oracle.Wide(), sdpa_kernel(SDPBackend.MATH):
         module(**inputs)  # rows are traced, which the counter would count
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
@@ -76,7 +77,8 @@ def test_masked_pairs_are_not_counted() -> None:
     projections = 2 * b * s * width * (heads * size + 2 * size + heads * size + 3 * hidden)
     attention = 2 * b * heads * (s * (s + 1) // 2) * 2 * size
     expected = 8 * (projections + attention) + 2 * b * s * width * oracle.VOCAB
-    assert flops(captured("llama")[1]).subs({"b": b, "s": s}) == expected
+    tables = 2 * s * size // 2  # of rotary positions: a product in some versions of transformers
+    assert flops(captured("llama")[1]).subs({"b": b, "s": s}) - expected in (0, tables)
 
 
 def test_windows_are_not_counted_beyond_their_width() -> None:

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pages
 import pytest
 
 import depthc
@@ -138,3 +139,7 @@ def test_pages_run(page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     in_fresh_python("\n".join(blocks))
+
+
+def test_tables_are_those_of_the_results() -> None:
+    assert pages.current() == pages.PAGE.read_text(encoding="utf-8"), "run python bench/pages.py"

@@ -7,6 +7,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -33,7 +34,11 @@ def shapes_of(body: Body) -> dict[fx.Node, Any]:
     names = sorted({n for i in body.inputs if isinstance(i.type, Type) for n in i.type.size_names()})
     ruler = torch.empty(_HINTS[: len(names)], device="meta")
     dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))  # type: ignore[var-annotated]
-    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode, torch.no_grad():
+    with (
+        FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode,
+        enable_python_dispatcher(),  # composite ops decompose by their Python forms, which take symbols
+        torch.no_grad(),
+    ):
         known: dict[str, Any] = dict(zip(names, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
         values = _propagate(body, known)
     renamed = {size.node.expr: symbol(name) for name, size in known.items()}
