@@ -16,7 +16,7 @@ from depthc.codegen.checkpointing import Checkpointing
 from depthc.codegen.functions import function_of
 from depthc.codegen.loops import LoopBody
 from depthc.codegen.rows import RowsLowering
-from depthc.ir import sizes
+from depthc.ir import selection, sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import InputError, StateDictError
 from depthc.ir.evaluate import Evaluator, WeightParams
@@ -240,7 +240,8 @@ def lower(
     history: tuple[Step, ...] = (),
 ) -> DepthModule:
     """A module that computes `program`; `signature` is shown as its forward's."""
-    torch.compiler.assume_constant_result(sizes.postfix)
+    for reader in (sizes.postfix, selection.parse_rule):  # of texts, which Dynamo need not look into
+        torch.compiler.assume_constant_result(reader)
 
     def forward(self: DepthModule, *args: Any, **kwargs: Any) -> Any:
         return DepthModule.forward(self, *args, **kwargs)

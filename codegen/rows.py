@@ -46,14 +46,10 @@ class RowsLowering:
 
     def __init__(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function) -> None:
         self._compile = compile
-        self._run = torch.compiler.disable(self._call, recursive=False)  # dynamo sees the graphs, not this bookkeeping
+        self._make = torch.compiler.disable(self._made)  # Dynamo sees the graphs, not how they come about
         self._graphs: dict[Any, Callable[..., Any]] = {}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
-        """See `depthc.ir.rows.run.run_rows`."""
-        return self._run(*args, **kwargs)  # type: ignore[no-any-return]
-
-    def _call(
+    def __call__(
         self,
         block: Block,
         carries: Sequence[Tensor],
@@ -69,17 +65,34 @@ class RowsLowering:
         device: torch.device,
         **rows: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
+        """See `depthc.ir.rows.run.run_rows`."""
         ruler = None if length is None else carries[0].new_empty((length, 0))  # a size that is passed as a tensor
         tensors: Arguments = {"carries": tuple(carries), "sides": tuple(sides), "params": tuple(params)}
         tensors |= {"ruler": ruler, "caches": tuple(caches), **{name: rows.get(name) for name in _ROW_SIZES}}
-        modes = tuple(plan.mode for plan in kv)
         cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        way = _Way(block, tuple(consts), modes, ordered, training, device, cast)
-        leaves, spec = pytree.tree_flatten(tensors)
-        key = (block.body, block.carries, *way.options, str(spec), tuple(map(_kind, leaves)))
+        way = _Way(block, tuple(consts), tuple([plan.mode for plan in kv]), ordered, training, device, cast)
+        leaves = _leaves(tensors)
+        key = (block.body.certificate, block.carries, *way.options, _structure(tensors), tuple(map(_kind, leaves)))
         if key not in self._graphs:
-            self._graphs[key] = self._compile(_trace(way, tensors))
-        return self._graphs[key](*(leaf for leaf in leaves if isinstance(leaf, Tensor)))  # type: ignore[no-any-return]
+            self._graphs[key] = self._make(way, tensors)
+        return self._graphs[key](*[leaf for leaf in leaves if isinstance(leaf, Tensor)])  # type: ignore[no-any-return]
+
+    def _made(self, way: _Way, tensors: Arguments) -> Callable[..., Any]:
+        return self._compile(_trace(way, tensors))
+
+
+def _leaves(tensors: Arguments) -> list[Any]:
+    """All tensors of a call, and what stands for those that are not there; in the order of pytrees."""
+    found: list[Any] = []
+    for value in tensors.values():
+        for part in value if isinstance(value, tuple) else (value,):
+            found.extend(part if isinstance(part, tuple) else (part,))
+    return found
+
+
+def _structure(tensors: Arguments) -> tuple[Any, ...]:
+    caches = tuple([None if cache is None else len(cache) for cache in tensors["caches"]])
+    return len(tensors["carries"]), len(tensors["sides"]), len(tensors["params"]), caches
 
 
 def _kind(leaf: Any) -> Any:

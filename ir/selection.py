@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,29 +28,56 @@ def read_rule(text: str, indices: Mapping[str, int]) -> tuple[str, float]:
         >>> read_rule("topk([1.0, 0.5][r])", {"r": 1})
         ('topk', 0.5)
     """
+    name, numbers, index = parse_rule(text)
+    at = sizes.evaluate(index, indices) if index else 0
+    if not 0 <= at < len(numbers):
+        raise IndexError(f"{at} is not among {len(numbers)} numbers")
+    number = numbers[at]
+    return name, sizes.evaluate(number, indices) if isinstance(number, str) else number
+
+
+def parse_rule(text: str) -> tuple[str, tuple[float | str, ...], str]:
+    """The name of a rule, its numbers, and the expression that picks one of them; a number may be an expression.
+
+    Raises:
+        ValueError: this is no rule.
+
+    Example:
+        >>> parse_rule("topk([1.0, 0.5][r])"), parse_rule("stride(r + 1)")
+        (('topk', (1.0, 0.5), 'r'), ('stride', ('r + 1',), ''))
+    """
+    return _parsed(text)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> tuple[str, tuple[float | str, ...], str]:
     tree = ast.parse(text, mode="eval").body
     match tree:
         case ast.Name(id="all"):
-            return "all", 0.0
-        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in RULES and name != "all":
-            return name, _number(argument, indices)
-    raise ValueError(f"not a selection rule: {text!r}")
+            return "all", (0.0,), ""
+        case ast.Call(func=ast.Name(id=name), args=[ast.Subscript(value=ast.List(elts=numbers), slice=index)]):
+            found = name, tuple(map(_number, numbers)), ast.unparse(index)
+        case ast.Call(func=ast.Name(id=name), args=[argument]):
+            found = name, (_number(argument),), ""
+        case _:
+            raise ValueError(f"not a selection rule: {text!r}")
+    if tree.keywords or name not in RULES or name == "all":
+        raise ValueError(f"not a selection rule: {text!r}")
+    return found
 
 
-def _number(node: ast.expr, indices: Mapping[str, int]) -> float:
+def _number(node: ast.expr) -> float | str:
     match node:
-        case ast.Subscript(value=ast.List(elts=numbers), slice=index):
-            at = sizes.evaluate(ast.unparse(index), indices)
-            if not 0 <= at < len(numbers):
-                raise IndexError(f"{at} is not among {len(numbers)} numbers")
-            return _number(numbers[at], indices)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_number(operand, indices)
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+            return -value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Name(id="inf")):
+            return -float("inf")
         case ast.Constant(value=int() | float() as value):
             return value
         case ast.Name(id="inf"):
             return float("inf")
-    return sizes.evaluate(ast.unparse(node), indices)
+    sizes.read(text := ast.unparse(node))
+    return text
 
 
 def select(

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _once(find: Callable[[Any], Any]) -> property:
+    """A property found once; not functools.cached_property, whose lock Dynamo does not enter (Python 3.11)."""
+
+    def found(self: Any) -> Any:
+        if find.__name__ not in self.found:
+            self.found[find.__name__] = find(self)
+        return self.found[find.__name__]
+
+    return property(found, doc=find.__doc__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,19 +34,20 @@ class TokenSet:
     mask: Tensor
     count: int | None = None
     most: int | None = None
+    found: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # properties that were asked for
 
     @property
     def everyone(self) -> bool:
         """Whether it is known to hold every token."""
         return self.count is not None and self.count == self.mask.shape[1]
 
-    @cached_property
+    @_once
     def width(self) -> int:
         """The rows that a region on the set has for every row of the batch."""
         bound = self.most if self.count is None else self.count
         return bound if bound is not None else int(self.mask.sum(1).max()) if self.mask.numel() else 0
 
-    @cached_property
+    @_once
     def positions(self) -> Tensor:
         """[batch, rows]: the selected positions in ascending order; short rows are filled up with others."""
         if self.everyone:
@@ -42,7 +55,7 @@ class TokenSet:
         first = torch.sort((~self.mask).to(torch.int8), dim=1, stable=True).indices[:, : self.width]
         return first if self.count is not None else first.sort(1).values
 
-    @cached_property
+    @_once
     def valid(self) -> Tensor | None:
         """[batch, rows]: whether a row of `positions` is a member; None if all are."""
         return None if self.count is not None else self.mask.gather(1, self.positions)
