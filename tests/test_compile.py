@@ -50,10 +50,10 @@ class OnStates(nn.Module):
 
 
 @cache
-def program_of(kind: str, depth: int = SPEC.depth) -> Program:
+def program_of(kind: str, depth: int = SPEC.depth, dtype: torch.dtype = SPEC.dtype) -> Program:
     if kind == "states":
         return depthc.capture(seeded(OnStates), (states(dtype=SPEC.dtype),))
-    return depthc.capture(seeded(lambda: Stacked(Spec(depth=depth, dtype=SPEC.dtype))), (ids(),))
+    return depthc.capture(seeded(lambda: Stacked(Spec(depth=depth, dtype=dtype))), (ids(),))
 
 
 def lowered(program: Program, recipe: str, options: dict[str, Any]) -> DepthModule:
@@ -155,10 +155,11 @@ def test_compiled_is_evaluate(
 @pytest.mark.slow
 @pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++")), reason="there is no C++ compiler")
 def test_inductor_is_eager() -> None:
-    module = lowered(program_of("tokens", 4), "mor", {"loops": 2}).train()  # few graphs: each takes seconds
+    """In fp32: attention in fp64 is beyond the Inductor of torch 2.11. Few graphs: each takes seconds."""
+    module = lowered(program_of("tokens", 4, torch.float32), "mor", {"loops": 2}).train()
     expected = judged(module, module, ids(2, 9))
     module.compile()
-    assert_judged_alike(judged(module, module, ids(2, 9)), expected, 1e-10)
+    assert_judged_alike(judged(module, module, ids(2, 9)), expected, 1e-5)
     assert torch._dynamo.utils.counters["inductor"]
 
 
