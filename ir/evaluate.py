@@ -112,8 +112,10 @@ class Evaluator:
 
     def select(self, op: Select, values: Mapping[str, Any], indices: Mapping[str, int]) -> TokenSet:
         """A token set of scores."""
-        score, among, of = (values[name] if name else None for name in (op.score, op.among, op.of))
-        rule = op.inference if op.inference and self.selection == "inference" else op.rule
+        rule, judged = op.rule, op.score
+        if op.inference and self.selection == "inference":
+            rule, judged = op.inference, op.judge or op.score
+        score, among, of = (values[name] if name else None for name in (judged, op.among, op.of))
         return select(rule, score, among, of, indices)
 
     def on(self, op: On, values: dict[str, Any], indices: Mapping[str, int]) -> None:

@@ -71,7 +71,7 @@ def reads_of(op: Op) -> set[str]:
         case On():
             return {op.tokens, *op.reads}
         case Select():
-            return {n for n in (op.score, op.among, op.of) if n is not None}
+            return set(op.reads)
         case Merge():
             return {op.read, op.value, op.tokens, *op.extra}
         case Tap():

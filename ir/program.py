@@ -106,7 +106,7 @@ class Select:
     "threshold(x)" for score > x, "atleast(r)" for score >= r. Their numbers may be expressions over the loop indices,
     or one number an iteration: "topk([1.0, 0.5][r])". `score` names a value of shape [batch, tokens], which "all" and
     "stride" may go without where `among`, an earlier set, says what the tokens are. `inference` is the rule outside of
-    training, if that is another one: one that is causal.
+    training, if that is another one: one that is causal. `judge` names the value that it reads, if not the score.
     """
 
     write: str
@@ -115,6 +115,12 @@ class Select:
     among: str | None = None
     of: str | None = None
     inference: str | None = None
+    judge: str | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """All names that it reads."""
+        return tuple(n for n in (self.score, self.judge, self.among, self.of) if n is not None)
 
 
 @dataclass(frozen=True)

@@ -166,8 +166,7 @@ class Steps:
     def select(self, op: Select, indices: Mapping[str, int]) -> None:
         """A token set: of all tokens before the layers, of the new ones among them."""
         found = kinds_of(op, self.kinds)
-        names = [name for name in (op.score, op.among, op.of) if name is not None]
-        new = {name: self._new(name) for name in names} if found[op.write] == "rows" else {}
+        new = {name: self._new(name) for name in op.reads} if found[op.write] == "rows" else {}
         self.values[op.write] = self.evaluator.select(op, self.values | new, indices)
         self.kinds.update(found)
 

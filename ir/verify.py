@@ -322,8 +322,10 @@ def _select(op: Select, place: _Place) -> None:
     for text in (op.rule, op.inference):
         if text is not None:
             _rule(text, op, place)
-    if op.score is not None:
-        place.plain(op.score)
+    if op.judge is not None and op.inference is None:
+        place.fail("only a rule for inference has a judge", expected='inference="threshold(0)"', found=op.judge)
+    for name in filter(None, (op.score, op.judge)):
+        place.plain(name)
     for name in (op.among, op.of):
         if name is not None:
             place.tokens(name)

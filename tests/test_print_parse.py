@@ -101,6 +101,10 @@ def test_golden_text_means_what_it_says() -> None:
         (Loop("r", 2, ()), "for r in loop(2):\n    pass"),
         (Select("A", "all", "x"), 'A = select("all", score=x)'),
         (Select("A", "threshold(0.5)", "x"), 'A = select("threshold(0.5)", score=x)'),
+        (
+            Select("A", "topk(0.5)", "x", inference="threshold(0.0)", judge="x"),
+            'A = select("topk(0.5)", score=x, inference="threshold(0.0)", judge=x)',
+        ),
         (Tap("h 1", "h"), 'tap("h 1", h)'),
     ],
 )

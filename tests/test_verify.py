@@ -132,6 +132,8 @@ ROWS = (Select("A", "all", "score"), On("A", ("h",), ("y",), (call(writes=("y",)
         ([Select("A", "threshold(x)", "score")], "a rule reads an unknown name"),
         ([Select("A", "atleast(q)", "score")], "a rule reads an unknown name"),
         ([Select("A", "topk(0.5)")], "needs a score"),
+        ([Select("A", "topk(0.5)", "score", judge="score")], "only a rule for inference has a judge"),
+        ([Select("A", "all", "score", inference="all", judge="nothing")], "'nothing' is read before"),
         ([Select("A", "all")], "needs a score"),
         ([Select("A", "all", "nothing")], "'nothing' is read before"),
         ([Select("A", "all", "score", among="h")], "'h' is read as a token set"),

@@ -85,10 +85,11 @@ class OpReader:
         )
 
     def _select(self, call: ast.Call, writes: tuple[str, ...], scope: Scope) -> Select:
-        args = _arguments(call, "select", ["rule"], ["score", "among", "of", "inference"])
-        score, among, of = (value_name(args[k], scope) if k in args else None for k in ("score", "among", "of"))
+        args = _arguments(call, "select", ["rule"], ["score", "among", "of", "inference", "judge"])
+        names = ("score", "among", "of", "judge")
+        score, among, of, judge = (value_name(args[k], scope) if k in args else None for k in names)
         inference = string(args["inference"], scope) if "inference" in args else None
-        return Select(_single(call, writes), string(args["rule"], scope), score, among, of, inference)
+        return Select(_single(call, writes), string(args["rule"], scope), score, among, of, inference, judge)
 
     def _merge(self, call: ast.Call, writes: tuple[str, ...], scope: Scope) -> Merge:
         args = _arguments(call, "merge", ["read", "value", "tokens"], ["combine", "extra", "w"])
