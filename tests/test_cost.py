@@ -6,7 +6,7 @@ from functools import cache
 from math import prod
 from typing import Any
 
-import mor_oracle as oracle
+import oracles
 import pytest
 import sympy
 import torch
@@ -28,7 +28,7 @@ from .test_tie import smollm
 
 BATCH, LENGTH = 3, 11
 QUICK = ("llama", "parallel")
-KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in oracle.KINDS]
+KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in oracles.KINDS]
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "identity": ("identity", {}),
     "tie": ("tie", {}),
@@ -39,9 +39,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @cache
 def captured(kind: str) -> tuple[nn.Module, Program]:
-    model = oracle.build(kind)
-    with oracle.Wide():
-        return model, depthc.capture(model, kwargs=oracle.inputs_of(kind, torch.ones(2, 9, dtype=torch.bool)))
+    model = oracles.build(kind)
+    with oracles.Wide():
+        return model, depthc.capture(model, kwargs=oracles.inputs_of(kind, torch.ones(2, 9, dtype=torch.bool)))
 
 
 def grouped(rows: tuple[int, ...], weights: tuple[int, ...], *_: Any, **__: Any) -> int:
@@ -53,7 +53,7 @@ def counted(module: DepthModule, inputs: dict[str, Tensor]) -> int:
     """Operations that torch sees run; attention as plain matrix products, since its own kernels are not counted."""
     own = getattr(getattr(torch.ops, "transformers", None), "grouped_mm_fallback", None)  # once a mixture was built
     mapping: dict[Any, Any] = {} if own is None else {own: grouped}
-    with torch.no_grad(), oracle.Wide(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), oracles.Wide(), sdpa_kernel(SDPBackend.MATH):
         module(**inputs)  # rows are traced, which the counter would count
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             module(**inputs)
@@ -66,17 +66,17 @@ def test_closed_form_counts_what_runs(kind: str, recipe: str) -> None:
     program = run_recipe(captured(kind)[1], recipe_of(*RECIPES[recipe]))[0]
     module = lower(program).eval()
     module.selection = "training"
-    inputs = oracle.inputs_of(kind, torch.ones(BATCH, LENGTH, dtype=torch.bool))
+    inputs = oracles.inputs_of(kind, torch.ones(BATCH, LENGTH, dtype=torch.bool))
     sizes = program.signature.size_values(program.signature.flatten((), inputs))
     assert flops(program, masked=False).subs(sizes) == counted(module, inputs)
 
 
 def test_masked_pairs_are_not_counted() -> None:
     """A Llama by hand: projections, attention over half of the pairs, MLP and head."""
-    b, s, width, heads, size, hidden = 2, 10, oracle.WIDTH, 2, 8, 24
+    b, s, width, heads, size, hidden = 2, 10, oracles.WIDTH, 2, 8, 24
     projections = 2 * b * s * width * (heads * size + 2 * size + heads * size + 3 * hidden)
     attention = 2 * b * heads * (s * (s + 1) // 2) * 2 * size
-    expected = 8 * (projections + attention) + 2 * b * s * width * oracle.VOCAB
+    expected = 8 * (projections + attention) + 2 * b * s * width * oracles.VOCAB
     tables = 2 * s * size // 2  # of rotary positions: a product in some versions of transformers
     assert flops(captured("llama")[1]).subs({"b": b, "s": s}) - expected in (0, tables)
 
@@ -85,7 +85,7 @@ def test_windows_are_not_counted_beyond_their_width() -> None:
     """Every other layer of the hybrid attends to a window."""
     b, s, heads, size = 2, 10, 2, 8
     every, near = (2 * b * heads * 2 * size * n for n in (s * s, s * (s + 1) // 2))
-    window = 2 * b * heads * 2 * size * sum(min(i + 1, oracle.WINDOW) for i in range(s))
+    window = 2 * b * heads * 2 * size * sum(min(i + 1, oracles.WINDOW) for i in range(s))
     program = captured("hybrid")[1]
     found = flops(program, masked=False) - flops(program)
     assert found.subs({"b": b, "s": s}) == 4 * (every - near) + 4 * (every - window)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import mor_oracle as oracle
+import oracles
 import pytest
 import torch
-from mor_oracle import Settings, Wide
+from oracles import Wide, expert
+from oracles.expert import Settings
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,9 +34,9 @@ FORWARD, BACKWARD = 1e-10, 1e-8
 @cache
 def captured(kind: str, rows: str) -> tuple[nn.Module, Program, dict[str, Tensor]]:
     """A model, its program and the inputs that both take."""
-    model = oracle.build(kind)
+    model = oracles.build(kind)
     documents = DOCUMENTS if rows == "packed" else None
-    inputs = oracle.inputs_of(kind, ROWS.get(rows, ROWS["full"]), documents=documents)
+    inputs = oracles.inputs_of(kind, ROWS.get(rows, ROWS["full"]), documents=documents)
     with Wide():
         return model, depthc.capture(model, kwargs=inputs), inputs
 
@@ -48,22 +49,22 @@ class Case:
         self.kind, self.settings = kind, Settings(**settings)
         self.real = ROWS.get(rows, ROWS["full"])
         self.documents = DOCUMENTS if rows == "packed" else None
-        options = {k: v for k, v in settings.items() if k not in ("causal", "aux_weight", "capacities")}
+        options = {k: v for k, v in settings.items() if k not in ("causal", "loss", "capacities")}
         options |= {"capacities": settings["capacities"]} if settings.get("capacities") else {}
-        recipe = recipe_of("mor", {"loss": self.settings.aux_weight, **options})
+        recipe = recipe_of("mor", {"loss": self.settings.loss, **options})
         self.program, self.history = run_recipe(program, recipe)
         self.compiled: DepthModule = lower(self.program)  # its parameters are the model's own
-        self.routers = oracle.make_routers(self.settings)
+        self.routers = expert.make_routers(self.settings)
         for r, router in enumerate(self.routers):
             own = self.compiled.parameter_of(f"depth.r.{r}.router.weight")
             with torch.no_grad():
                 router["weight"].mul_(0 if zero_routers else 1)
                 own.copy_(router["weight"][0])
 
-    def expected(self, inputs: Mapping[str, Tensor] | None = None) -> oracle.Result:
-        math = oracle.math_of(self.kind, self.model)
+    def expected(self, inputs: Mapping[str, Tensor] | None = None) -> expert.Result:
+        math = oracles.math_of(self.kind, self.model)
         with Wide():
-            return oracle.route(math, self.settings, self.routers, inputs or self.inputs, self.real, self.documents)
+            return expert.route(math, self.settings, self.routers, inputs or self.inputs, self.real, self.documents)
 
     def found(self, inputs: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Any]:
         self.compiled.eval().selection = "inference" if self.settings.causal else "training"  # no dropout
@@ -95,12 +96,12 @@ def agree(case: Case, backward: bool = True) -> None:
     assert (logits[case.real] - expected.logits[case.real]).abs().max() < FORWARD
     for route, chosen in zip(aux.routes, expected.selected, strict=True):
         assert torch.equal(route.chosen, chosen)
-    if case.settings.aux_weight:
-        assert (aux.loss - expected.aux_loss).abs() < FORWARD
+    if case.settings.loss:
+        assert (aux.loss - expected.loss).abs() < FORWARD
     if not backward:
         return
     theirs, ours = case.leaves()
-    want = torch.autograd.grad(weighted(expected.logits, case.real) + expected.aux_loss, theirs, allow_unused=True)
+    want = torch.autograd.grad(weighted(expected.logits, case.real) + expected.loss, theirs, allow_unused=True)
     got = torch.autograd.grad(weighted(logits, case.real) + aux.loss, ours, allow_unused=True)
     assert any(g is not None and g.abs().max() > 1e-6 for g in want[-len(case.routers) :])
     for name, a, b in zip([*dict(case.model.named_parameters()), *range(9)], got, want, strict=False):
@@ -111,7 +112,7 @@ def agree(case: Case, backward: bool = True) -> None:
 KV = ("recursion", "share_first")
 
 
-OTHERS = [kind for kind in oracle.KINDS if kind != "llama"]
+OTHERS = [kind for kind in oracles.KINDS if kind != "llama"]
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -155,7 +156,7 @@ def test_combines_and_gates(combine: str, gate: str) -> None:
         {"sharing": "cycle", "loops": 4, "kv": "share_first"},
         {"loops": 2, "capacities": (0.7, 0.4)},
         {"loops": 6, "capacities": (1.0, 0.9, 0.9, 0.2, 0.2, 0.01)},
-        {"temperature": 2.5, "aux_weight": 1.0},
+        {"temperature": 2.5, "loss": 1.0},
     ],
 )
 def test_other_settings(settings: dict[str, Any]) -> None:
@@ -210,9 +211,9 @@ def test_a_carry_that_takes_no_gradient() -> None:
 @pytest.mark.parametrize("kv", KV)
 def test_a_later_token_changes_nothing_before_it(kv: str) -> None:
     case = Case("llama", kv=kv, causal=True)
-    name = oracle.token_input("llama")
+    name = oracles.token_input("llama")
     changed = dict(case.inputs) | {name: case.inputs[name].clone()}
-    changed[name][:, -1] = (changed[name][:, -1] + 1) % oracle.VOCAB
+    changed[name][:, -1] = (changed[name][:, -1] + 1) % oracles.VOCAB
     (before, aux), (after, other) = case.found(), case.found(changed)
     assert (before[:, :-1] - after[:, :-1]).abs().max() < FORWARD
     assert (before[:, -1] - after[:, -1]).abs().max() > 1e-3

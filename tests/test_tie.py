@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-import mor_oracle as oracle
+import oracles
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,13 @@ INITS = ("stepwise", "average", "lower", "upper")
 
 @cache
 def captured() -> tuple[nn.Module, Program]:
-    model = oracle.build("llama", layers=DEPTH)
-    with oracle.Wide():
+    model = oracles.build("llama", layers=DEPTH)
+    with oracles.Wide():
         return model, depthc.capture(model, kwargs={"input_ids": tokens()})
 
 
 def tokens() -> Tensor:
-    return oracle.inputs_of("llama", torch.ones(2, 6, dtype=torch.bool))["input_ids"]
+    return oracles.inputs_of("llama", torch.ones(2, 6, dtype=torch.bool))["input_ids"]
 
 
 def tied(recipe: str = "tie", **options: object) -> DepthModule:
@@ -45,10 +45,10 @@ def test_tied_model_is_the_oracle(sharing: str, init: str) -> None:
     """Against a loop over single tokens with the layers that the rules name."""
     loops = 3 if sharing.startswith("middle") else 2
     model, _ = captured()
-    math = oracle.math_of("llama", model)
+    math = oracles.math_of("llama", model)
     inputs, real = {"input_ids": tokens()}, torch.ones(2, 6, dtype=torch.bool)
-    with oracle.Wide(), torch.no_grad():
-        expected = oracle.looped(math, oracle.tie(math, sharing, loops, init), inputs, real)
+    with oracles.Wide(), torch.no_grad():
+        expected = oracles.looped(math, oracles.tie(math, sharing, loops, init), inputs, real)
         found = tied(sharing=sharing, loops=loops, init=init)(input_ids=tokens()).logits
     assert (found - expected).abs().max() < 1e-10
 
@@ -58,10 +58,10 @@ def test_tied_model_is_the_oracle(sharing: str, init: str) -> None:
 def test_slots_are_the_oracles(sharing: str, layers: int) -> None:
     for loops in legal_loops(sharing, layers):
         found = Sharing(sharing, layers, loops)
-        assert list(found.slots) == [oracle.slot_of(sharing, layers, loops, i) for i in range(layers)]
+        assert list(found.slots) == [oracles.slot_of(sharing, layers, loops, i) for i in range(layers)]
         for init in INITS:
             sources = [found.sources(slot, init) for slot in range(found.unique)]
-            assert sources == [tuple(s) for s in oracle.sources_of(sharing, layers, loops, init)], init
+            assert sources == [tuple(s) for s in oracles.sources_of(sharing, layers, loops, init)], init
 
 
 def test_only_shared_layers_are_left() -> None:
@@ -233,8 +233,8 @@ def test_kept_layers_stay_their_own(keep: tuple[int, int]) -> None:
 
 
 def test_windows_that_differ_are_refused() -> None:
-    model = oracle.build("hybrid", layers=6)
-    with oracle.Wide(), pytest.raises(RecipeError, match="one reads") as caught:
+    model = oracles.build("hybrid", layers=6)
+    with oracles.Wide(), pytest.raises(RecipeError, match="one reads") as caught:
         depthc.compile(model, "tie", kwargs={"input_ids": tokens()}, loops=2)
     assert "use loops=3:" in caught.value.remedy
 

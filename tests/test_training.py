@@ -13,9 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import mor_oracle as oracle
+import oracles
 import pytest
 import torch
+from oracles import expert
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +34,7 @@ from depthc.passes.recipes import recipe_of
 from .models import Spec, Stacked, ids, seeded
 
 KV = ("recursion", "share_first")
-TOKENS = torch.randint(oracle.VOCAB, (8, 12), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(oracles.VOCAB, (8, 12), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": TOKENS[:2], "labels": TOKENS[:2]}
 STEPS, RATE = 6, 1e-2
 
@@ -41,7 +42,7 @@ STEPS, RATE = 6, 1e-2
 @cache
 def llama() -> tuple[nn.Module, Program]:
     """A language model that returns its loss, and its program."""
-    model = oracle.build("llama", layers=5, noise=0.05).float()
+    model = oracles.build("llama", layers=5, noise=0.05).float()
     return model, depthc.capture(model, kwargs=BATCH)
 
 
@@ -168,7 +169,7 @@ def test_trainer_does_not_save_tied_embeddings_but_save_does(tmp_path: Path) -> 
     """The Trainer hands the state dict to safetensors, which takes no tensor under two names."""
     import transformers
 
-    sizes = oracle.SHARED | {"num_hidden_layers": 5, "tie_word_embeddings": True}
+    sizes = oracles.SHARED | {"num_hidden_layers": 5, "tie_word_embeddings": True}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     module = depthc.compile(model, "mor", kwargs=BATCH)
     with pytest.raises(RuntimeError, match="share memory"):
@@ -259,25 +260,25 @@ def test_rows_under_autocast_are_evaluate() -> None:
 @pytest.mark.parametrize("kind", ["post_norm", pytest.param("llama", marks=pytest.mark.slow)])
 def test_bf16_errs_as_the_model_does(kind: str) -> None:
     """Against the oracle in fp64 on the same bf16 weights: output, loss and gradients."""
-    model = oracle.build(kind, layers=5).bfloat16()
+    model = oracles.build(kind, layers=5).bfloat16()
     exact, real = copy.deepcopy(model).double(), torch.ones(2, 9, dtype=torch.bool)
-    inputs = oracle.inputs_of(kind, real)
+    inputs = oracles.inputs_of(kind, real)
     program = depthc.capture(model, kwargs=inputs)
-    with oracle.Wide():
+    with oracles.Wide():
         original = exact(**inputs)
     plain, want_plain = _projected(model, model(**inputs)), _projected(exact, original)
     allowed = [2 * error(a, b) for a, b in zip(plain, want_plain, strict=True)]
     for kv in KV:
         module = lower(run_recipe(program, recipe_of("mor", {"kv": kv, "loss": 0.1}))[0]).train()
         decide(module, inputs)
-        settings = oracle.Settings(kv=kv, aux_weight=0.1)
+        settings = expert.Settings(kv=kv, loss=0.1)
         routers = [{"weight": p.detach().double()[None]} for p in module.new_parameters().values()]
-        with oracle.Wide():
-            expected = oracle.route(oracle.math_of(kind, exact), settings, routers, inputs, real)
+        with oracles.Wide():
+            expected = expert.route(oracles.math_of(kind, exact), settings, routers, inputs, real)
         out, aux = module.forward_with_aux(**inputs)
         assert all(torch.equal(r.chosen, s) for r, s in zip(aux.routes, expected.selected, strict=True))
         assert aux.loss.dtype == aux.routes[1].logit.dtype == torch.float32
-        assert aux.loss.item() == pytest.approx(expected.aux_loss.item(), rel=allowed[0])
+        assert aux.loss.item() == pytest.approx(expected.loss.item(), rel=allowed[0])
         found = _projected(model, out)
         for what, want, most in zip(found, _projected(exact, expected.logits), allowed, strict=True):
             assert error(what, want) < most < 0.2

@@ -8,10 +8,11 @@ from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
-import mor_oracle as oracle
+import oracles
 import pytest
 import torch
-from mor_oracle import KINDS, Key, LayerMath, Result, Settings, Tied, Visible, Wide
+from oracles import KINDS, Key, LayerMath, Tied, Visible, Wide, expert
+from oracles.expert import Result, Settings
 from torch import Tensor, nn
 
 TOLERANCE = 1e-10
@@ -28,11 +29,11 @@ NOT_PLAIN = {  # models that run in fp64 only when wide
 
 @cache
 def model(kind: str) -> nn.Module:
-    return oracle.build(kind)
+    return oracles.build(kind)
 
 
 def math_(kind: str) -> LayerMath:
-    return oracle.math_of(kind, model(kind))
+    return oracles.math_of(kind, model(kind))
 
 
 def logits_of(kind: str, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -47,14 +48,14 @@ def gap(found: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def routed(kind: str, settings: Settings, inputs: Mapping[str, Tensor], real: Tensor) -> Result:
-    return oracle.route(math_(kind), settings, oracle.make_routers(settings), inputs, real)
+    return expert.route(math_(kind), settings, expert.make_routers(settings), inputs, real)
 
 
 def changed_last(kind: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same inputs with another last token in every row."""
-    tokens = inputs[oracle.token_input(kind)].clone()
-    tokens[:, -1] = tokens[:, -1] % (oracle.VOCAB - 1) + 1
-    return dict(inputs) | {oracle.token_input(kind): tokens}
+    tokens = inputs[oracles.token_input(kind)].clone()
+    tokens[:, -1] = tokens[:, -1] % (oracles.VOCAB - 1) + 1
+    return dict(inputs) | {oracles.token_input(kind): tokens}
 
 
 # the models
@@ -64,10 +65,10 @@ def changed_last(kind: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_unrouted_is_the_model_in_value_and_gradient(kind: str, rows: str) -> None:
     real = ROWS[rows]
-    inputs = oracle.inputs_of(kind, real)
+    inputs = oracles.inputs_of(kind, real)
     named = dict(model(kind).named_parameters())
     with Wide():
-        pair = [oracle.unrouted(math_(kind), inputs, real)[real], logits_of(kind, inputs)[real]]
+        pair = [oracles.unrouted(math_(kind), inputs, real)[real], logits_of(kind, inputs)[real]]
         weights = torch.linspace(-1, 1, pair[0].numel()).double().view_as(pair[0])
         ours, theirs = (
             torch.autograd.grad((out * weights).sum(), list(named.values()), allow_unused=True) for out in pair
@@ -82,18 +83,18 @@ def test_unrouted_is_the_model_in_value_and_gradient(kind: str, rows: str) -> No
 @torch.no_grad()
 def test_islands_of_fp32_are_those_of_the_model(kind: str, rows: str) -> None:
     real = ROWS[rows]
-    inputs = oracle.inputs_of(kind, real)
-    assert gap(oracle.unrouted(math_(kind), inputs, real)[real], logits_of(kind, inputs)[real]) < TOLERANCE
+    inputs = oracles.inputs_of(kind, real)
+    assert gap(oracles.unrouted(math_(kind), inputs, real)[real], logits_of(kind, inputs)[real]) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_packed_documents_do_not_see_each_other(kind: str) -> None:
-    inputs = oracle.inputs_of(kind, FULL, documents=DOCUMENTS)
+    inputs = oracles.inputs_of(kind, FULL, documents=DOCUMENTS)
     with Wide():
-        found = oracle.unrouted(math_(kind), inputs, FULL, DOCUMENTS)
+        found = oracles.unrouted(math_(kind), inputs, FULL, DOCUMENTS)
         assert gap(found, logits_of(kind, inputs)) < TOLERANCE
-        assert gap(found, oracle.unrouted(math_(kind), inputs, FULL)) > 1e-3
+        assert gap(found, oracles.unrouted(math_(kind), inputs, FULL)) > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,7 +119,7 @@ def test_no_two_parameters_are_equal(kind: str) -> None:
     ],
 )
 def test_slots(sharing: str, depth: int, loops: int, slots: list[int]) -> None:
-    assert [oracle.slot_of(sharing, depth, loops, layer) for layer in range(depth)] == slots
+    assert [oracles.slot_of(sharing, depth, loops, layer) for layer in range(depth)] == slots
 
 
 @pytest.mark.parametrize(
@@ -140,18 +141,18 @@ def test_slots(sharing: str, depth: int, loops: int, slots: list[int]) -> None:
     ],
 )
 def test_sources(sharing: str, depth: int, loops: int, init: str, sources: list[tuple[int, ...]]) -> None:
-    assert oracle.sources_of(sharing, depth, loops, init) == sources
+    assert oracles.sources_of(sharing, depth, loops, init) == sources
 
 
 @pytest.mark.parametrize(("sharing", "depth", "loops"), [("cycle", 8, 3), ("middle_cycle", 8, 4), ("cycle", 2, 3)])
 def test_layers_that_loops_do_not_divide_are_refused(sharing: str, depth: int, loops: int) -> None:
     with pytest.raises(ValueError, match="do not divide"):
-        oracle.sources_of(sharing, depth, loops, "stepwise")
+        oracles.sources_of(sharing, depth, loops, "stepwise")
 
 
 def test_an_average_is_a_new_layer() -> None:
     layers = math_("encoder_decoder").layers
-    tied = oracle.tie(math_("encoder_decoder"), "cycle", 4, "average")
+    tied = oracles.tie(math_("encoder_decoder"), "cycle", 4, "average")
     for name, parameter in tied.slots[0].named_parameters():
         mean = torch.stack([layers[i].get_parameter(name) for i in (0, 2, 4, 6)]).mean(0)
         torch.testing.assert_close(parameter, mean, rtol=0, atol=1e-15)
@@ -186,7 +187,7 @@ def toy(settings: Settings, x: Sequence[float], weights: Sequence[float], layers
     math = Toy(layers)
     routers = [{"weight": torch.tensor([[w]]).double()} for w in weights]
     state = torch.tensor([x]).double()
-    return oracle.route(math, settings, routers, {"x": state}, torch.ones_like(state).bool()), math
+    return expert.route(math, settings, routers, {"x": state}, torch.ones_like(state).bool()), math
 
 
 def gate(value: float, alpha: float = 0.1) -> float:
@@ -215,7 +216,7 @@ def test_two_recursions_by_hand() -> None:
     assert [s.tolist() for s in found.selected] == [[[True] * 3], [[False, False, True]]]
     assert [z.tolist() for z in found.router_logits] == [[[1.0, 2.0, 4.0]], [[2.0, 5.0, 11.0]]]
     losses = [-math.log(gate(z, 1)) for z in (1, 2, 4)], [-math.log(gate(-z, 1)) for z in (2, 5, -11)]
-    assert found.aux_loss.item() == pytest.approx(0.001 * sum(sum(part) / 3 for part in losses), abs=1e-15)
+    assert found.loss.item() == pytest.approx(0.001 * sum(sum(part) / 3 for part in losses), abs=1e-15)
 
 
 def test_shared_keys_by_hand() -> None:
@@ -244,13 +245,13 @@ def test_threshold_by_hand() -> None:
 )
 def test_counts_and_ties(capacity: float, tokens: int, count: int) -> None:
     logits = {2 * t: torch.tensor(0.5) for t in range(tokens)}
-    chosen = oracle.choose(Settings(1, capacities=(capacity,)), 0, logits, tokens)
+    chosen = expert.choose(Settings(1, capacities=(capacity,)), 0, logits, tokens)
     assert chosen == [2 * t for t in range(count)]
 
 
 def test_a_logit_that_is_not_a_number_is_an_error() -> None:
     with pytest.raises(ValueError, match="not a number"):
-        oracle.choose(Settings(), 0, {0: torch.tensor(torch.nan)}, 1)
+        expert.choose(Settings(), 0, {0: torch.tensor(torch.nan)}, 1)
 
 
 @pytest.mark.parametrize(
@@ -276,22 +277,22 @@ def test_settings_that_are_refused(options: dict[str, Any]) -> None:
 @torch.no_grad()
 def test_off_at_full_capacity_is_the_looped_model(kind: str, sharing: str) -> None:
     settings = Settings(2, sharing, combine="off", capacities=(1, 1), causal=sharing == "cycle")
-    inputs = oracle.inputs_of(kind, PADDED)
-    expected = oracle.looped(math_(kind), oracle.tie(math_(kind), sharing, 2), inputs, PADDED)
+    inputs = oracles.inputs_of(kind, PADDED)
+    expected = oracles.looped(math_(kind), oracles.tie(math_(kind), sharing, 2), inputs, PADDED)
     assert torch.equal(routed(kind, settings, inputs, PADDED).logits[PADDED], expected[PADDED])
 
 
 def test_one_loop_is_the_original() -> None:
-    inputs = oracle.inputs_of("llama", FULL)
+    inputs = oracles.inputs_of("llama", FULL)
     found = routed("llama", Settings(1, "cycle", combine="off"), inputs, FULL)
-    assert torch.equal(found.logits, oracle.unrouted(math_("llama"), inputs, FULL))
+    assert torch.equal(found.logits, oracles.unrouted(math_("llama"), inputs, FULL))
 
 
 @pytest.mark.parametrize("router", ["linear", "mlp"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_many_tokens_are_selected_as_there_must_be(kind: str, router: str) -> None:
     settings = Settings(router=router)
-    found = routed(kind, settings, oracle.inputs_of(kind, PADDED), PADDED)
+    found = routed(kind, settings, oracles.inputs_of(kind, PADDED), PADDED)
     counts = PADDED.sum(1).tolist()
     candidates = PADDED
     for capacity, selected, logits in zip(settings.capacities, found.selected, found.router_logits, strict=True):
@@ -311,7 +312,7 @@ def test_a_later_token_changes_nothing_before_it_when_causal(kind: str, kv: str)
     settings = Settings(kv=kv, causal=True, gate="tanh" if kv == "recursion" else "none", combine="delta")
     counts = set()
     for seed in range(2):
-        inputs = oracle.inputs_of(kind, FULL, seed)
+        inputs = oracles.inputs_of(kind, FULL, seed)
         found, other = (routed(kind, settings, i, FULL) for i in (inputs, changed_last(kind, inputs)))
         assert gap(found.logits[:, :-1], other.logits[:, :-1]) < 1e-12
         assert gap(found.logits[:, -1], other.logits[:, -1]) > 1e-6
@@ -324,7 +325,7 @@ def test_a_later_token_changes_nothing_before_it_when_causal(kind: str, kv: str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_later_token_changes_an_earlier_one_by_ranking(kind: str) -> None:
     def moved(seed: int) -> bool:
-        inputs = oracle.inputs_of(kind, FULL, seed)
+        inputs = oracles.inputs_of(kind, FULL, seed)
         found, other = (routed(kind, Settings(combine="off"), i, FULL) for i in (inputs, changed_last(kind, inputs)))
         return gap(found.logits[:, :-1], other.logits[:, :-1]) > 1e-6
 
@@ -335,11 +336,11 @@ def test_a_later_token_changes_an_earlier_one_by_ranking(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_padded_row_is_that_row_alone(kind: str, causal: bool) -> None:
     """On the right; on the left too where positions are relative."""
-    settings, inputs = Settings(causal=causal), oracle.inputs_of(kind, PADDED)
+    settings, inputs = Settings(causal=causal), oracles.inputs_of(kind, PADDED)
     with Wide():
         found = routed(kind, settings, inputs, PADDED)
     for b in [1] if kind == "post_norm" else [0, 1]:
-        real, name = PADDED[b], oracle.token_input(kind)
+        real, name = PADDED[b], oracles.token_input(kind)
         alone = {key: value[b : b + 1] for key, value in inputs.items()} | {name: inputs[name][b : b + 1, real]}
         with Wide():
             expected = routed(kind, settings, alone, real[None, real])
@@ -351,12 +352,12 @@ def test_a_padded_row_is_that_row_alone(kind: str, causal: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_every_tied_layer_and_router(kind: str) -> None:
     settings = Settings()
-    routers = oracle.make_routers(settings)
-    tied: Tied = oracle.tie(math_(kind), settings.sharing, settings.loops)
-    inputs = oracle.inputs_of(kind, PADDED)
+    routers = expert.make_routers(settings)
+    tied: Tied = oracles.tie(math_(kind), settings.sharing, settings.loops)
+    inputs = oracles.inputs_of(kind, PADDED)
     with Wide():
-        found = oracle.route(math_(kind), settings, routers, inputs, PADDED, tied=tied)
-        loss = found.logits[PADDED].square().sum() + found.aux_loss
+        found = expert.route(math_(kind), settings, routers, inputs, PADDED, tied=tied)
+        loss = found.logits[PADDED].square().sum() + found.loss
     leaves = [p for slot in tied.slots for p in slot.parameters()] + [router["weight"] for router in routers]
     for grad in torch.autograd.grad(loss, leaves, allow_unused=kind == "moe"):
         assert grad is not None

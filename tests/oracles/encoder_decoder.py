@@ -1,0 +1,58 @@
+"""T5, token by token."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .attention import Key, Visible, attend
+from .rows import Inputs
+
+
+class T5:
+    """The decoder of an encoder-decoder. The bias table of all its layers is in the first; scores are not scaled."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.layers = model, model.decoder.block
+        self.table = self.layers[0].layer[0].SelfAttention.relative_attention_bias
+
+    def embed(self, inputs: Inputs, row: int) -> list[Tensor]:
+        ids, mask = inputs["input_ids"][row], inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask[row]
+        encoded = self.model.encoder(ids[None], mask[None]).last_hidden_state[0]
+        self.encoded = encoded[mask.bool()]
+        return list(self.model.decoder.embed_tokens(inputs["decoder_input_ids"][row]))
+
+    def key(self, layer: Any, x: Tensor, t: int) -> Key:
+        return self.pair(layer.layer[0].SelfAttention, layer.layer[0].layer_norm(x))
+
+    def pair(self, attention: Any, x: Tensor) -> Key:
+        k, v = (linear(x).unflatten(-1, (attention.n_heads, -1)) for linear in (attention.k, attention.v))
+        return k, v
+
+    def apply(self, layer: Any, depth: int, x: Tensor, t: int, visible: Visible) -> Tensor:
+        own, cross, feed = layer.layer
+        attention = own.SelfAttention
+        q = attention.q(own.layer_norm(x)).view(attention.n_heads, -1)
+        x = x + attention.o(attend(q, visible, 1.0, lambda j: self.table.weight[self.bucket(t - j)]))
+        attention = cross.EncDecAttention
+        q = attention.q(cross.layer_norm(x)).view(attention.n_heads, -1)
+        x = x + attention.o(attend(q, list(enumerate(zip(*self.pair(attention, self.encoded), strict=True))), 1.0))
+        return x + feed.DenseReluDense.wo(F.relu(feed.DenseReluDense.wi(feed.layer_norm(x))))
+
+    def bucket(self, distance: int) -> int:
+        """Exact for near positions, then logarithmic."""
+        count, most = self.table.num_embeddings, self.model.config.relative_attention_max_distance
+        exact = count // 2
+        if distance < exact:
+            return distance
+        far = torch.log(torch.tensor(distance).float() / exact) / math.log(most / exact)
+        return min(exact + int(far * (count - exact)), count - 1)
+
+    def finish(self, x: Tensor) -> Tensor:
+        scale = self.model.config.d_model**-0.5 if self.model.config.scale_decoder_outputs else 1.0
+        return self.model.lm_head(self.model.decoder.final_layer_norm(x) * scale)
