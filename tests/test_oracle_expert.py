@@ -1,49 +1,19 @@
-"""The oracle of Mixture-of-Recursions: it is the models it stands for, and it does what recipes.md says."""
+"""The oracle of Mixture-of-Recursions is the models it stands for, and does what recipes.md says."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from functools import cache
 from typing import Any
 
 import oracles
 import pytest
 import torch
-from oracles import KINDS, Key, LayerMath, Tied, Visible, Wide, expert
+from oracles import KINDS, Tied, Wide, expert
 from oracles.expert import Result, Settings
-from torch import Tensor, nn
+from torch import Tensor
 
-TOLERANCE = 1e-10
-FULL = torch.ones(2, 7, dtype=torch.bool)
-PADDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]]).bool()
-DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 2, 2]])
-ROWS = {"full": FULL, "padded": PADDED}
-NOT_PLAIN = {  # models that run in fp64 only when wide
-    ("moe", "full"),  # grouped products have no fp64
-    ("moe", "padded"),
-    ("hybrid", "padded"),  # a fully masked row becomes all -inf when it is cast to fp32: NaN
-}
-
-
-@cache
-def model(kind: str) -> nn.Module:
-    return oracles.build(kind)
-
-
-def math_(kind: str) -> LayerMath:
-    return oracles.math_of(kind, model(kind))
-
-
-def logits_of(kind: str, inputs: Mapping[str, Tensor]) -> Tensor:
-    out = model(kind)(**inputs)
-    return out if isinstance(out, Tensor) else out.logits
-
-
-def gap(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return (found - expected).abs().max().item()
+from .tiny import EVERY, FULL, PADDED, TOLERANCE, Toy, alone, changed_last, gap, math_, unpadded
 
 
 @torch.no_grad()
@@ -51,136 +21,7 @@ def routed(kind: str, settings: Settings, inputs: Mapping[str, Tensor], real: Te
     return expert.route(math_(kind), settings, expert.make_routers(settings), inputs, real)
 
 
-def changed_last(kind: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same inputs with another last token in every row."""
-    tokens = inputs[oracles.token_input(kind)].clone()
-    tokens[:, -1] = tokens[:, -1] % (oracles.VOCAB - 1) + 1
-    return dict(inputs) | {oracles.token_input(kind): tokens}
-
-
-# the models
-
-
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_unrouted_is_the_model_in_value_and_gradient(kind: str, rows: str) -> None:
-    real = ROWS[rows]
-    inputs = oracles.inputs_of(kind, real)
-    named = dict(model(kind).named_parameters())
-    with Wide():
-        pair = [oracles.unrouted(math_(kind), inputs, real)[real], logits_of(kind, inputs)[real]]
-        weights = torch.linspace(-1, 1, pair[0].numel()).double().view_as(pair[0])
-        ours, theirs = (
-            torch.autograd.grad((out * weights).sum(), list(named.values()), allow_unused=True) for out in pair
-        )
-    assert gap(*pair) < TOLERANCE
-    for name, found, expected in zip(named, ours, theirs, strict=True):
-        assert found is not None, name
-        assert gap(found, expected) < TOLERANCE, name
-
-
-@pytest.mark.parametrize(("kind", "rows"), [(k, r) for k in KINDS for r in ROWS if (k, r) not in NOT_PLAIN])
-@torch.no_grad()
-def test_islands_of_fp32_are_those_of_the_model(kind: str, rows: str) -> None:
-    real = ROWS[rows]
-    inputs = oracles.inputs_of(kind, real)
-    assert gap(oracles.unrouted(math_(kind), inputs, real)[real], logits_of(kind, inputs)[real]) < TOLERANCE
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_packed_documents_do_not_see_each_other(kind: str) -> None:
-    inputs = oracles.inputs_of(kind, FULL, documents=DOCUMENTS)
-    with Wide():
-        found = oracles.unrouted(math_(kind), inputs, FULL, DOCUMENTS)
-        assert gap(found, logits_of(kind, inputs)) < TOLERANCE
-        assert gap(found, oracles.unrouted(math_(kind), inputs, FULL)) > 1e-3
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_two_parameters_are_equal(kind: str) -> None:
-    values = [parameter.flatten() for parameter in model(kind).parameters()]
-    assert all(value.dtype is torch.float64 for value in values)
-    assert not any(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
-
-
-# tying
-
-
-@pytest.mark.parametrize(
-    ("sharing", "depth", "loops", "slots"),
-    [
-        ("cycle", 8, 2, [0, 1, 2, 3, 0, 1, 2, 3]),
-        ("sequence", 8, 2, [0, 0, 1, 1, 2, 2, 3, 3]),
-        ("middle_cycle", 8, 3, [0, 1, 2, 1, 2, 1, 2, 3]),
-        ("middle_sequence", 8, 3, [0, 1, 1, 1, 2, 2, 2, 3]),
-        ("cycle_rev", 6, 3, [0, 1, 1, 0, 0, 1]),
-        ("cycle", 3, 3, [0, 0, 0]),
-    ],
-)
-def test_slots(sharing: str, depth: int, loops: int, slots: list[int]) -> None:
-    assert [oracles.slot_of(sharing, depth, loops, layer) for layer in range(depth)] == slots
-
-
-@pytest.mark.parametrize(
-    ("sharing", "depth", "loops", "init", "sources"),
-    [
-        ("cycle", 8, 2, "stepwise", [(0,), (2,), (4,), (7,)]),
-        ("cycle", 8, 8, "stepwise", [(0,)]),
-        ("cycle", 8, 2, "lower", [(0,), (1,), (2,), (3,)]),
-        ("cycle", 8, 2, "upper", [(4,), (5,), (6,), (7,)]),
-        ("cycle", 6, 3, "average", [(0, 2, 4), (1, 3, 5)]),
-        ("cycle_rev", 6, 3, "average", [(0, 3, 4), (1, 2, 5)]),
-        ("sequence", 6, 3, "average", [(0, 1, 2), (3, 4, 5)]),
-        ("middle_cycle", 8, 2, "stepwise", [(0,), (1,), (3,), (6,), (7,)]),
-        ("middle_cycle", 8, 6, "stepwise", [(0,), (1,), (7,)]),
-        ("middle_cycle", 8, 3, "lower", [(0,), (1,), (2,), (7,)]),
-        ("middle_cycle", 8, 3, "upper", [(0,), (5,), (6,), (7,)]),
-        ("middle_cycle", 8, 3, "average", [(0,), (1, 3, 5), (2, 4, 6), (7,)]),
-        ("middle_sequence", 8, 3, "average", [(0,), (1, 2, 3), (4, 5, 6), (7,)]),
-    ],
-)
-def test_sources(sharing: str, depth: int, loops: int, init: str, sources: list[tuple[int, ...]]) -> None:
-    assert oracles.sources_of(sharing, depth, loops, init) == sources
-
-
-@pytest.mark.parametrize(("sharing", "depth", "loops"), [("cycle", 8, 3), ("middle_cycle", 8, 4), ("cycle", 2, 3)])
-def test_layers_that_loops_do_not_divide_are_refused(sharing: str, depth: int, loops: int) -> None:
-    with pytest.raises(ValueError, match="do not divide"):
-        oracles.sources_of(sharing, depth, loops, "stepwise")
-
-
-def test_an_average_is_a_new_layer() -> None:
-    layers = math_("encoder_decoder").layers
-    tied = oracles.tie(math_("encoder_decoder"), "cycle", 4, "average")
-    for name, parameter in tied.slots[0].named_parameters():
-        mean = torch.stack([layers[i].get_parameter(name) for i in (0, 2, 4, 6)]).mean(0)
-        torch.testing.assert_close(parameter, mean, rtol=0, atol=1e-15)
-    assert tied.order == [0, 1] * 4
-
-
 # routing, by hand
-
-
-class Toy:
-    """One feature. A layer adds its number to the state, and the states that it sees."""
-
-    def __init__(self, layers: int) -> None:
-        self.layers: Sequence[nn.Module] = [nn.Identity() for _ in range(layers)]
-        self.keys: list[tuple[int, int]] = []  # layer, token
-
-    def embed(self, inputs: Mapping[str, Tensor], row: int) -> list[Tensor]:
-        return list(inputs["x"][row, :, None])
-
-    def key(self, layer: nn.Module, x: Tensor, t: int) -> Key:
-        self.keys.append((self.layers.index(layer), t))
-        return x, x
-
-    def apply(self, layer: nn.Module, depth: int, x: Tensor, t: int, visible: Visible) -> Tensor:
-        return x + self.layers.index(layer) + sum(v for _, (_, v) in visible)
-
-    def finish(self, x: Tensor) -> Tensor:
-        return x
 
 
 def toy(settings: Settings, x: Sequence[float], weights: Sequence[float], layers: int = 1) -> tuple[Result, Toy]:
@@ -333,20 +174,17 @@ def test_a_later_token_changes_an_earlier_one_by_ranking(kind: str) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_a_padded_row_is_that_row_alone(kind: str, causal: bool) -> None:
-    """On the right; on the left too where positions are relative."""
     settings, inputs = Settings(causal=causal), oracles.inputs_of(kind, PADDED)
     with Wide():
         found = routed(kind, settings, inputs, PADDED)
-    for b in [1] if kind == "post_norm" else [0, 1]:
-        real, name = PADDED[b], oracles.token_input(kind)
-        alone = {key: value[b : b + 1] for key, value in inputs.items()} | {name: inputs[name][b : b + 1, real]}
-        with Wide():
-            expected = routed(kind, settings, alone, real[None, real])
-        assert gap(found.logits[b, real], expected.logits[0]) < TOLERANCE
-        for ours, theirs in zip(found.selected, expected.selected, strict=True):
-            assert torch.equal(ours[b, real], theirs[0])
+        for b in unpadded(kind):
+            real = PADDED[b]
+            expected = routed(kind, settings, alone(kind, inputs, b, PADDED), real[None, real])
+            assert gap(found.logits[b, real], expected.logits[0]) < TOLERANCE
+            for ours, theirs in zip(found.selected, expected.selected, strict=True):
+                assert torch.equal(ours[b, real], theirs[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -362,11 +200,3 @@ def test_gradients_reach_every_tied_layer_and_router(kind: str) -> None:
     for grad in torch.autograd.grad(loss, leaves, allow_unused=kind == "moe"):
         assert grad is not None
         assert grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("wide", [False, True])
-def test_wide_leaves_no_fp32(wide: bool) -> None:
-    with Wide() if wide else nullcontext():
-        x = torch.ones(2, dtype=torch.float64)
-        found = [x.float(), x.to(torch.float32), x.softmax(0, dtype=torch.float32), torch.zeros(2, dtype=torch.float)]
-    assert {value.dtype for value in found} == {torch.float64 if wide else torch.float32}

@@ -15,6 +15,8 @@ from .rows import Inputs
 class Llama:
     """Pre-norm, rotary, grouped keys, gated MLP."""
 
+    causal = True
+
     def __init__(self, model: Any) -> None:
         self.model, self.base, self.layers = model, model.model, model.model.layers
 

@@ -16,6 +16,8 @@ from .rows import Inputs
 class T5:
     """The decoder of an encoder-decoder. The bias table of all its layers is in the first; scores are not scaled."""
 
+    causal = True
+
     def __init__(self, model: Any) -> None:
         self.model, self.layers = model, model.decoder.block
         self.table = self.layers[0].layer[0].SelfAttention.relative_attention_bias

@@ -9,12 +9,14 @@ import transformers
 from torch import Tensor, nn
 
 from .decoders import Gemma2, Llama, Mixtral, NeoX
+from .encoder import Bert
 from .encoder_decoder import T5
 from .post_norm import PostNorm, PostNormModel
 from .rows import LayerMath
 from .sizes import VOCAB, WIDTH, WINDOW
 
-KINDS = ("llama", "post_norm", "parallel", "encoder_decoder", "moe", "hybrid")
+KINDS = ("llama", "post_norm", "parallel", "encoder_decoder", "moe", "hybrid")  # decoders
+ENCODER = "encoder"
 
 
 SHARED = {
@@ -36,7 +38,10 @@ FAMILIES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "encoder_decoder": (T5, "T5", T5_SIZES),
     "moe": (Mixtral, "Mixtral", SHARED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "hybrid": (Gemma2, "Gemma2", SHARED | GEMMA),
+    ENCODER: (Bert, "Bert", {name: value for name, value in SHARED.items() if name != "num_key_value_heads"}),
 }
+
+HEADS = {"encoder_decoder": "ForConditionalGeneration", ENCODER: "ForMaskedLM"}
 
 
 def build(kind: str, layers: int = 8, seed: int = 0, noise: float = 0.2) -> nn.Module:
@@ -48,7 +53,7 @@ def build(kind: str, layers: int = 8, seed: int = 0, noise: float = 0.2) -> nn.M
         else:
             _, family, options = FAMILIES[kind]
             options = options | {"num_decoder_layers" if kind == "encoder_decoder" else "num_hidden_layers": layers}
-            head = "ForConditionalGeneration" if kind == "encoder_decoder" else "ForCausalLM"
+            head = HEADS.get(kind, "ForCausalLM")
             model = getattr(transformers, family + head)(getattr(transformers, f"{family}Config")(**options))
         model = model.double().eval()
         with torch.no_grad():
@@ -77,7 +82,7 @@ def inputs_of(kind: str, real: Tensor, seed: int = 0, documents: Tensor | None =
     mask = "decoder_attention_mask" if kind == "encoder_decoder" else "attention_mask"
     inputs = {name: ids(*real.shape)} | ({} if real.all() else {mask: real.long()})
     if documents is not None:
-        inputs |= packed(mask if name != "input_ids" else "position_ids", documents)
+        inputs |= packed(kind, documents)
     if kind == "encoder_decoder":
         encoder = torch.ones(len(real), 5, dtype=torch.long)
         encoder[-1, -2:] = 0
@@ -85,9 +90,12 @@ def inputs_of(kind: str, real: Tensor, seed: int = 0, documents: Tensor | None =
     return inputs
 
 
-def packed(name: str, documents: Tensor) -> dict[str, Tensor]:
+def packed(kind: str, documents: Tensor) -> dict[str, Tensor]:
     """Positions that restart (Hugging Face decoders read the documents from them), or a mask of pairs."""
     same = documents[:, :, None] == documents[:, None]
-    if name == "position_ids":
-        return {name: same.tril().sum(-1) - 1}
-    return {name: same if name == "attention_mask" else same.tril()[:, None]}
+    if kind == "encoder_decoder":
+        return {"decoder_attention_mask": same.tril()[:, None]}
+    if kind == "post_norm":
+        return {"attention_mask": same}
+    positions = {"position_ids": same.tril().sum(-1) - 1}
+    return positions | ({"attention_mask": same[:, None]} if kind == ENCODER else {})

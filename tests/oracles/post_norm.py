@@ -50,6 +50,8 @@ class PostNormModel(nn.Module):
 
 
 class PostNorm:
+    causal = True
+
     def __init__(self, model: Any) -> None:
         self.model, self.layers = model, model.layers
 

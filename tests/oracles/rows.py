@@ -18,6 +18,7 @@ class LayerMath(Protocol):
     """A model, token by token. A layer's weights are in `layer`; its constants, such as its window, are of `depth`."""
 
     layers: Sequence[nn.Module]
+    causal: bool  # tokens do not see later ones
 
     def embed(self, inputs: Inputs, row: int) -> list[Tensor]:
         """Begin a row of the batch: the state of every token before the first layer."""
@@ -34,7 +35,7 @@ class LayerMath(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """Who sees whom: real tokens, no later ones, of the same document. A padded token sees too, but is not seen."""
+    """Who sees whom: real tokens of the same document, in a decoder no later ones. Padding sees, but is not seen."""
 
     math: LayerMath
     real: list[bool]
@@ -52,7 +53,14 @@ class Row:
         }
 
     def sees(self, t: int, j: int) -> bool:
-        return j <= t and self.documents[t] == self.documents[j]
+        return (j <= t or not self.math.causal) and self.documents[t] == self.documents[j]
+
+    def groups(self, per: str) -> list[list[int]]:
+        """The real tokens that compete with each other: all of the row, or of one document."""
+        real = [t for t, is_real in enumerate(self.real) if is_real]
+        if per == "row":
+            return [real] if real else []
+        return [[t for t in real if self.documents[t] == d] for d in sorted({self.documents[t] for t in real})]
 
     def logits(self, states: Mapping[int, Tensor]) -> Tensor:
         return torch.stack([self.math.finish(states[t]) for t in range(len(self.real))])

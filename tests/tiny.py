@@ -1,0 +1,77 @@
+"""The tiny models of the oracles, and the rows that they are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import oracles
+import torch
+from oracles import Key, LayerMath, Visible
+from torch import Tensor, nn
+
+TOLERANCE = 1e-10
+EVERY = (*oracles.KINDS, oracles.ENCODER)
+FULL = torch.ones(2, 7, dtype=torch.bool)
+PADDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0, 0]]).bool()
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 2, 2]])
+
+
+@cache
+def model(kind: str) -> nn.Module:
+    return oracles.build(kind)
+
+
+def math_(kind: str) -> LayerMath:
+    return oracles.math_of(kind, model(kind))
+
+
+def logits_of(kind: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    out = model(kind)(**inputs)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def gap(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return (found - expected).abs().max().item()
+
+
+def changed_last(kind: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same inputs with another last token in every row."""
+    tokens = inputs[oracles.token_input(kind)].clone()
+    tokens[:, -1] = tokens[:, -1] % (oracles.VOCAB - 1) + 1
+    return dict(inputs) | {oracles.token_input(kind): tokens}
+
+
+def alone(kind: str, inputs: Mapping[str, Tensor], b: int, real: Tensor) -> dict[str, Tensor]:
+    """A row of padded inputs without its padding."""
+    name, mask = oracles.token_input(kind), "decoder_attention_mask" if kind == "encoder_decoder" else "attention_mask"
+    kept = {key: value[b : b + 1] for key, value in inputs.items() if key != mask}
+    return kept | {name: inputs[name][b : b + 1, real[b]]}
+
+
+def unpadded(kind: str) -> list[int]:
+    """The rows of `PADDED` that are the same without padding: on the left only where positions are relative."""
+    return [1] if kind in ("post_norm", oracles.ENCODER) else [0, 1]
+
+
+class Toy:
+    """One feature. A layer adds its number to the state, and the states that it sees."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers: Sequence[nn.Module] = [nn.Identity() for _ in range(layers)]
+        self.causal = True
+        self.keys: list[tuple[int, int]] = []  # layer, token
+
+    def embed(self, inputs: Mapping[str, Tensor], row: int) -> list[Tensor]:
+        return list(inputs["x"][row, :, None])
+
+    def key(self, layer: nn.Module, x: Tensor, t: int) -> Key:
+        self.keys.append((self.layers.index(layer), t))
+        return x, x
+
+    def apply(self, layer: nn.Module, depth: int, x: Tensor, t: int, visible: Visible) -> Tensor:
+        return x + self.layers.index(layer) + sum(v for _, (_, v) in visible)
+
+    def finish(self, x: Tensor) -> Tensor:
+        return x
