@@ -20,7 +20,9 @@ from depthc.ir import selection, sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import InputError, StateDictError
 from depthc.ir.evaluate import Evaluator, WeightParams
-from depthc.ir.program import Loop, Merge, On, Op, Program, Segment, Stack
+from depthc.ir.params import STEP
+from depthc.ir.program import Loop, Merge, On, Op, Program, Segment, Select, Stack
+from depthc.ir.selection import stage_begin
 from depthc.ir.settle import settle
 from depthc.ir.signature import device_of
 from depthc.passes.pipeline import Step
@@ -61,6 +63,8 @@ class DepthModule(Checkpointing, nn.Module):
         self._rows = RowsLowering()
         self._blocks = {block.body.certificate for block in program.blocks.values()}
         self.program = program.with_weights(_Weights(self))
+        self._warmups = _warmups(program)
+        self._read_step()
 
     def _register(self, name: str, value: Tensor, kind: str, made: dict[int, Tensor]) -> None:
         owner: nn.Module = self
@@ -122,6 +126,21 @@ class DepthModule(Checkpointing, nn.Module):
         }
         self._rows = RowsLowering(inner)
 
+    def set_step(self, step: int) -> None:
+        """Say how many optimizer steps were taken, for capacities that warm up; it is saved with the parameters.
+
+        A program without a schedule takes no notice.
+        """
+        if self._warmups:
+            self.parameter_of(STEP).fill_(step)
+            self._read_step()
+
+    def _read_step(self) -> None:
+        """The stage of the schedules as a number that changes seldom: what is compiled depends on it."""
+        held = self.parameter_of(STEP) if self._warmups else None
+        taken = 0 if held is None or held.is_meta else int(held)
+        self._step = stage_begin(taken, self._warmups) if self._warmups else None
+
     def loop(self, name: str) -> LoopBody:
         """The body of a loop, callable alone; `name` is the loop's index.
 
@@ -133,7 +152,7 @@ class DepthModule(Checkpointing, nn.Module):
     def _evaluator(self, device: torch.device) -> Evaluator:
         self._check(device)
         evaluator = Evaluator(
-            self.program, self.parameter_of, device, self.training, self._run_body, selection=self.selection
+            self.program, self.parameter_of, device, self.training, self._run_body, self.selection, self._step
         )
         evaluator.run_rows = self._rows
         if self._checkpoint is not None and self.training:
@@ -214,7 +233,9 @@ class DepthModule(Checkpointing, nn.Module):
                 if close
                 else "pass strict=False to load what matches",
             )
-        return super().load_state_dict(state_dict, strict, assign)
+        loaded = super().load_state_dict(state_dict, strict, assign)
+        self._read_step()
+        return loaded
 
 
 class _Weights(Mapping[str, Tensor]):
@@ -263,6 +284,13 @@ def _bodies(program: Program) -> list[Body]:
     inner = [op.body for op in ops if isinstance(op, Segment)]
     combines = [op.combine for op in ops if isinstance(op, Merge) and op.combine is not None]
     return [*(block.body for block in program.blocks.values()), *inner, *combines]
+
+
+def _warmups(program: Program) -> tuple[int, ...]:
+    """The steps of every warm-up in a program."""
+    ops = [op for stack in program.stacks for op in _flat(stack.ops)]
+    found = {selection.parse_rule(op.rule)[3] for op in ops if isinstance(op, Select)}
+    return tuple(sorted(found - {0}))
 
 
 def _flat(ops: Sequence[Op]) -> list[Op]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +20,19 @@ from depthc.ir.signature import device_of
 from depthc.ir.tokens import TokenSet
 
 
-def run(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any], *, training: bool = False) -> Any:
+def run(
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    training: bool = False,
+    step: int | None = None,
+) -> Any:
     """Evaluate a program on the arguments of its model; see `Program.run`.
+
+    Args:
+        training: whether the rules of training select tokens, and dropout drops.
+        step: the optimizer steps taken so far, where capacities warm up; None: they have.
 
     Raises:
         InputError: arguments that were not captured (structure, shape, dtype), or a mode that was not.
@@ -33,7 +45,7 @@ def run(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any], *, tra
             remedy="capture again in the mode that you run",
         )
     tensors = program.signature.flatten(args, kwargs)
-    evaluator = Evaluator(program, WeightParams(program), device_of(tensors), training)
+    evaluator = Evaluator(program, WeightParams(program), device_of(tensors), training, step=step)
     values = evaluator.run(program.body, dict(tensors), program.signature.size_values(tensors))
     return program.signature.unflatten(values)
 
@@ -61,6 +73,7 @@ class Evaluator:
         training: what `training` means in the bodies.
         run_body: runs a body on its inputs; node by node unless a lowering has something faster.
         selection: which rule of `Select` counts outside of training: the one for "inference", or that of "training".
+        step: the optimizer steps taken so far, where capacities warm up; None: they have.
     """
 
     def __init__(
@@ -71,9 +84,10 @@ class Evaluator:
         training: bool = False,
         run_body: Callable[[Body, Sequence[Any]], Sequence[Any]] = interpret,
         selection: str = "inference",
+        step: int | None = None,
     ) -> None:
         self.program, self.param, self.device, self.training, self.run_body = program, param, device, training, run_body
-        self.selection = "training" if training else selection
+        self.selection, self.step = "training" if training else selection, step
         self.run_rows: Callable[..., Any] = run_rows
         self.taps: dict[str, Any] = {}
         self.slots: dict[str, Any] = {}
@@ -116,7 +130,7 @@ class Evaluator:
         if op.inference and self.selection == "inference":
             rule, judged = op.inference, op.judge or op.score
         score, among, of = (values[name] if name else None for name in (judged, op.among, op.of))
-        return select(rule, score, among, of, indices)
+        return select(rule, score, among, of, indices, self.step)
 
     def on(self, op: On, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Run a region on the tokens of a set; see `depthc.ir.regions`."""
@@ -148,7 +162,7 @@ class Evaluator:
         reads = [_data(values[r]) for r in op.reads]
         inputs = body.arrange(reads, params, consts, training=self.training, device=self.device)
         grad = not isinstance(op, Call) or op.grad is None or bool(sizes.evaluate(op.grad, indices))
-        with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(grad and torch.is_grad_enabled()), precision(op, self.device):
             values.update(zip(op.writes, self.run_body(body, inputs), strict=True))
 
     def apply_planned(self, op: Call, values: dict[str, Any], indices: Mapping[str, int]) -> None:
@@ -159,6 +173,13 @@ class Evaluator:
         carries = [values[name] for name in op.reads[: block.carries]]
         sides = [values[name] for name in op.reads[block.carries :]]
         run_planned(self, op, carries, sides, values, indices)
+
+
+def precision(op: Op, device: torch.device) -> AbstractContextManager[Any]:
+    """What a precise segment runs in: no autocast."""
+    if isinstance(op, Segment) and op.precise and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _data(value: Any) -> Any:

@@ -16,6 +16,8 @@ from torch import Tensor
 from depthc.ir.errors import StateDictError
 from depthc.ir.types import Type
 
+STEP = "depth.step"  # the buffer that holds the optimizer steps taken, of programs with a schedule
+
 
 @dataclass(frozen=True)
 class Ref:

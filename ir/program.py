@@ -55,7 +55,8 @@ class Segment:
     """A straight-line graph: at the top level an embedding, norm or head; inside a stack the glue that a pass made.
 
     `reads` and `writes` are value names, one a "value" input and one a result of `body`; `params` are parameter
-    names, one a "param" input. A token set is read as its mask, bool[batch, tokens].
+    names, one a "param" input. A token set is read as its mask, bool[batch, tokens]. A `precise` segment runs outside
+    of autocast: routers decide in the dtype that they are written in.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Segment:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     params: tuple[str, ...] = ()
+    precise: bool = False
 
 
 @dataclass(frozen=True)

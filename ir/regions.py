@@ -24,7 +24,9 @@ class Region(Evaluator):
     """
 
     def __init__(self, outer: Evaluator, op: On, tokens: TokenSet) -> None:
-        super().__init__(outer.program, outer.param, outer.device, outer.training, outer.run_body, outer.selection)
+        super().__init__(
+            outer.program, outer.param, outer.device, outer.training, outer.run_body, outer.selection, outer.step
+        )
         self.run_rows = outer.run_rows
         self.outer, self.op, self.tokens = outer, op, tokens
         self.slots, self.taps = outer.slots, outer.taps

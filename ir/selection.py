@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 import torch
@@ -14,11 +15,16 @@ from depthc.ir.errors import RoutingError
 from depthc.ir.tokens import TokenSet
 
 RULES = ("all", "stride", "topk", "threshold", "atleast")
+STAGES = 16  # of a warm-up
 POINTWISE = ("all", "threshold", "atleast")  # rules that judge every token by its own score
 
 
-def read_rule(text: str, indices: Mapping[str, int]) -> tuple[str, float]:
+def read_rule(text: str, indices: Mapping[str, int], step: int | None = None) -> tuple[str, float]:
     """The name and the number of a rule: "topk(0.5)", "topk([1.0, 0.5][r])" with a number an iteration, "all".
+
+    A capacity with a warm-up, "topk(0.5, warmup=1000)", falls from 1 along a cosine over the first optimizer steps:
+    C + (1 - C) (1 + cos(pi t / T)) / 2 (recipes: section 4), in as many stages as `STAGES` says, so that what is
+    compiled for one capacity serves many steps. Without a `step` it is the capacity at the end.
 
     Raises:
         ValueError: this is no rule.
@@ -27,43 +33,77 @@ def read_rule(text: str, indices: Mapping[str, int]) -> tuple[str, float]:
     Example:
         >>> read_rule("topk([1.0, 0.5][r])", {"r": 1})
         ('topk', 0.5)
+        >>> read_rule("topk(0.5, warmup=1000)", {}, step=500)
+        ('topk', 0.75)
     """
-    name, numbers, index = parse_rule(text)
+    name, numbers, index, warmup = parse_rule(text)
     at = sizes.evaluate(index, indices) if index else 0
     if not 0 <= at < len(numbers):
         raise IndexError(f"{at} is not among {len(numbers)} numbers")
     number = numbers[at]
-    return name, sizes.evaluate(number, indices) if isinstance(number, str) else number
+    if isinstance(number, str):
+        number = sizes.evaluate(number, indices)
+    if warmup and step is not None:
+        number += (1 - number) * (1 + math.cos(math.pi * stage_of(step, warmup) / STAGES)) / 2
+    return name, number
 
 
-def parse_rule(text: str) -> tuple[str, tuple[float | str, ...], str]:
-    """The name of a rule, its numbers, and the expression that picks one of them; a number may be an expression.
+def stage_of(step: int, warmup: int) -> int:
+    """How far a warm-up is after some optimizer steps: from 0 to `STAGES`."""
+    return min(STAGES, step * STAGES // warmup)
+
+
+def stage_begin(step: int, warmups: Iterable[int]) -> int:
+    """The first step at which all of these warm-ups are in the stage in which they are at `step`.
+
+    Example:
+        >>> stage_begin(999, [1000]), stage_begin(10**6, [1000])
+        (938, 1000)
+    """
+    return max((-(-stage_of(step, warmup) * warmup // STAGES) for warmup in warmups), default=0)
+
+
+def parse_rule(text: str) -> tuple[str, tuple[float | str, ...], str, int]:
+    """The name of a rule, its numbers, the expression that picks one of them, and the steps of its warm-up.
+
+    A number may be an expression.
 
     Raises:
         ValueError: this is no rule.
 
     Example:
-        >>> parse_rule("topk([1.0, 0.5][r])"), parse_rule("stride(r + 1)")
-        (('topk', (1.0, 0.5), 'r'), ('stride', ('r + 1',), ''))
+        >>> parse_rule("topk([1.0, 0.5][r], warmup=9)"), parse_rule("stride(r + 1)")
+        (('topk', (1.0, 0.5), 'r', 9), ('stride', ('r + 1',), '', 0))
     """
     return _parsed(text)
 
 
 @lru_cache(maxsize=1024)
-def _parsed(text: str) -> tuple[str, tuple[float | str, ...], str]:
+def _parsed(text: str) -> tuple[str, tuple[float | str, ...], str, int]:
     tree = ast.parse(text, mode="eval").body
     match tree:
         case ast.Name(id="all"):
-            return "all", (0.0,), ""
-        case ast.Call(func=ast.Name(id=name), args=[ast.Subscript(value=ast.List(elts=numbers), slice=index)]):
-            found = name, tuple(map(_number, numbers)), ast.unparse(index)
+            return "all", (0.0,), "", 0
+        case ast.Call(func=ast.Name(id=name), args=[ast.Subscript(value=ast.List(elts=numbers), slice=picked)]):
+            found, index = tuple(map(_number, numbers)), ast.unparse(picked)
         case ast.Call(func=ast.Name(id=name), args=[argument]):
-            found = name, (_number(argument),), ""
+            found, index = (_number(argument),), ""
         case _:
             raise ValueError(f"not a selection rule: {text!r}")
-    if tree.keywords or name not in RULES or name == "all":
+    warmup = _warmup(name, tree.keywords)
+    if warmup is None or name not in RULES or name == "all":
         raise ValueError(f"not a selection rule: {text!r}")
-    return found
+    return name, found, index, warmup
+
+
+def _warmup(name: str, keywords: list[ast.keyword]) -> int | None:
+    """The steps of a warm-up, 0 without; None if this is none."""
+    match keywords:
+        case []:
+            return 0
+        case [ast.keyword(arg="warmup", value=ast.Constant(value=int() as steps))] if name == "topk" and steps > 0:
+            return steps
+    return None
 
 
 def _number(node: ast.expr) -> float | str:
@@ -86,13 +126,15 @@ def select(
     among: TokenSet | None = None,
     of: TokenSet | None = None,
     indices: Mapping[str, int] | None = None,
+    step: int | None = None,
 ) -> TokenSet:
     """The set that a rule makes of scores [batch, tokens, ...] among the candidates.
 
     Rules: "all"; "stride(q)": every q-th position; "topk(c)": the max(1, int(c n)) best, where n counts the tokens of
     `of` in the batch row (the candidates, if it is not given), ties to the lower position; "threshold(x)": score > x,
-    all for x = -inf; "atleast(r)": score >= r. The number of a rule may be an expression over the loop `indices`. "all"
-    and "stride" read no more than the shape of the score, and need none with candidates.
+    all for x = -inf; "atleast(r)": score >= r. The number of a rule may be an expression over the loop `indices`, and
+    of "topk" fall over the optimizer steps (`step`). "all" and "stride" read no more than the shape of the score, and
+    need none with candidates.
 
     Raises:
         RoutingError: a candidate's score is not a number.
@@ -101,7 +143,7 @@ def select(
         >>> select("topk(0.5)", torch.tensor([[1.0, 3.0, 3.0, 2.0]])).mask
         tensor([[False,  True,  True, False]])
     """
-    name, number = read_rule(rule, indices or {})
+    name, number = read_rule(rule, indices or {}, step)
     if among is None:
         assert score is not None, "verify asks for a score or candidates"
         mask = torch.ones(score.shape[:2], dtype=torch.bool, device=score.device)

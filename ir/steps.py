@@ -13,7 +13,7 @@ from depthc.ir import sizes
 from depthc.ir.axes.caches import cached_of
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import IncrementalError
-from depthc.ir.evaluate import Evaluator, WeightParams, indexed
+from depthc.ir.evaluate import Evaluator, WeightParams, indexed, precision
 from depthc.ir.plans import Kind, Plan, as_block, kinds_of, token_dim
 from depthc.ir.program import Block, Call, Kv, Loop, Merge, On, Op, Program, Segment, Select
 from depthc.ir.regions import settled
@@ -90,7 +90,8 @@ class Steps:
             self.values.update(zip(op.writes, rows, strict=False))
             self._keep(op, site, indices)
             return
-        results = self._run(op, block, rows, [self.values[r] for r in sides], here, site, indices)
+        with precision(op, self.device):
+            results = self._run(op, block, rows, [self.values[r] for r in sides], here, site, indices)
         self.values.update(zip(op.writes, results, strict=True))
 
     def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -72,6 +73,13 @@ class Pass:
         if type(value) is not int or value < least:
             expected, remedy = f"an integer of at least {least}", f"give {option}={least} or more"
             raise self.refuse(f"option {option!r}", expected=expected, found=text_of(value), remedy=remedy)
+
+    def require_weight(self, option: str) -> None:
+        """Refuse an option that is no finite number from 0 on."""
+        value = getattr(self, option)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            remedy = f"give {option}=0 to leave it out, or a small number"
+            raise self.refuse(f"option {option!r}", expected="a number from 0 on", found=text_of(value), remedy=remedy)
 
 
 def make(name: str, options: dict[str, Any]) -> Pass:

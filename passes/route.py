@@ -9,15 +9,14 @@ from itertools import pairwise
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import SubsetError
-from depthc.ir.masks.padding import Padding, padding_of
+from depthc.ir.masks.padding import padding_of
 from depthc.ir.names import Names
-from depthc.ir.params import Init, Param
-from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
+from depthc.ir.program import Call, Loop, Program, Stack
 from depthc.ir.types import Type
 from depthc.passes.base import Pass
-from depthc.passes.glue import Glue, aten, wide
+from depthc.passes.expert_choice import ExpertChoice
 from depthc.passes.layers import names_in, stack_of, with_stack
-from depthc.passes.routing_glue import COMBINES, GATES, combine, membership_loss, router
+from depthc.passes.routing_glue import COMBINES, GATES, ROUTERS
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,11 @@ class Route(Pass):
         gate, alpha: of the score s = alpha G(logit): "sigmoid", "tanh", or "none" for the logit itself.
         kv: "recursion": keys and values of the chosen tokens; "share_first": those of recursion 0, for all tokens.
         loss: the weight of the loss that makes logits foretell the choice.
+        router: "linear" (D to 1), or "mlp" (D to 2D, GELU, to 1).
+        auxiliary: the weight of the loss of a second router, which sends no gradient into the stream and decides in
+            inference in place of the first, which is then a gate alone; 0: there is none. 1 in the paper.
+        z_loss: the weight of the mean squared logit.
+        warmup: optimizer steps over which capacities fall from 1 along a cosine; 0: none. See `DepthModule.set_step`.
         temperature: what the router divides its input by.
         std, seed: of the routers' normal initial values.
         loop: the index of the loop; the only one of the stack by default.
@@ -53,6 +57,10 @@ class Route(Pass):
     alpha: float = 0.1
     kv: str = "recursion"
     loss: float = 0.001
+    router: str = "linear"
+    auxiliary: float = 0.0
+    z_loss: float = 0.0
+    warmup: int = 0
     temperature: float = 1.0
     std: float = 0.02
     seed: int = 0
@@ -63,6 +71,10 @@ class Route(Pass):
         self.require_one_of("combine", COMBINES)
         self.require_one_of("gate", GATES)
         self.require_one_of("kv", ("recursion", "share_first"))
+        self.require_one_of("router", ROUTERS)
+        self.require_whole("warmup", 0)
+        for name in ("loss", "auxiliary", "z_loss"):
+            self.require_weight(name)
         given = self.capacities or ()
         fits = all(isinstance(c, int | float) and 0 < c <= 1 for c in given)
         if not fits or any(b > a for a, b in pairwise(given)):
@@ -81,7 +93,7 @@ class Route(Pass):
         stream = self._stream(program, calls)
         capacities = self._capacities(loop)
         ports = {c.block: len(ports_of(program.blocks[c.block])) for c in calls}
-        build = _Region(self, loop, calls, ports, stream, capacities, Names(names_in(program)))
+        build = ExpertChoice(self, loop, calls, ports, stream, capacities, Names(names_in(program)))
         routed = [*build.before(padding_of(program, calls)), build.loop()]
         at = stack.ops.index(loop)
         params = {**program.params, **build.params(self.seed)}
@@ -171,104 +183,3 @@ class Route(Pass):
                 remedy="route a stack whose layers pass on such a value",
             )
         return type
-
-
-class _Region:
-    """Writes the ops of a routed loop."""
-
-    def __init__(
-        self,
-        one: Route,
-        loop: Loop,
-        calls: list[Call],
-        ports: dict[str, int],
-        stream: Type,
-        capacities: tuple[float, ...],
-        names: Names,
-    ) -> None:
-        self.one, self.old, self.calls, self.ports = one, loop, calls, ports
-        self.stream, self.capacities = stream, capacities
-        self.h, self.r = calls[0].writes[0], loop.index
-        self.real, self.active, self.chosen, self.y, self.logit = (
-            names.new(n) for n in ("real", "active", "chosen", "y", "logit")
-        )
-        self.names = names
-
-    def before(self, padding: Sequence[Padding]) -> list[Op]:
-        """The set of all real tokens, which all others are subsets of."""
-        ops: list[Op] = []
-        for number, found in enumerate(padding):
-            score = found.argument
-            if not found.on:
-                score = self.names.new("is_token")
-                g = Glue()
-                ops.append(
-                    Segment(
-                        "is_token",
-                        g.body(g.op(aten.eq.Scalar, g.value("mask", found.type), 0)),
-                        (found.argument,),
-                        (score,),
-                    )
-                )
-            ops.append(Select(self.real, "threshold(0)", score, self.real if number else None))
-        ops = ops or [Select(self.real, "all", self.h)]
-        return [*ops, Select(self.active, "all", among=self.real)]
-
-    def loop(self) -> Loop:
-        """One recursion: select, run on the chosen tokens, merge, and say how well the router foretold it."""
-        top, floor = list(self.capacities), ["-inf" if c == 1 else "0.0" for c in self.capacities]
-        weight = (f"depth.{self.r}.{{{self.r}}}.router.weight",)
-        body = combine(self.one.combine, self.stream, self.one.gate, self.one.alpha)
-        scored = body is not None and len(body.inputs_of("value")) == 3
-        ops: list[Op] = [
-            Segment("router", router(self.stream, self.one.temperature), (self.h,), (self.logit,), weight),
-            Select(
-                self.chosen,
-                f"topk({top}[{self.r}])",
-                self.logit,
-                self.active,
-                self.real,
-                f"threshold([{', '.join(floor)}][{self.r}])",
-            ),
-            On(self.chosen, self._reads(), (self.y,), tuple(self._layers())),
-            Merge(self.h, self.h, self.y, self.chosen, body, (self.logit,) if scored else ()),
-            *self._taps(),
-            Select(self.active, "all", among=self.chosen),
-        ]
-        return replace(self.old, body=tuple(ops))
-
-    def _reads(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for call in self.calls for name in call.reads))
-
-    def _layers(self) -> list[Op]:
-        """The layers on the rows of the chosen tokens."""
-        ops: list[Op] = []
-        for number, call in enumerate(self.calls):
-            reads = (self.h if not number else self.y, *call.reads[1:])
-            ops.append(replace(call, reads=reads, writes=(self.y,), kv=self._kv(number, call)))
-        return ops
-
-    def _kv(self, number: int, call: Call) -> tuple[Kv, ...]:
-        if self.one.kv == "recursion":
-            return ()
-        return tuple(Kv("share", f"{self.r}.{number}.{port}") for port in range(self.ports[call.block]))
-
-    def _taps(self) -> list[Op]:
-        at = f"{self.r}.{{{self.r}}}"
-        tapped = {"logit": self.logit, "candidates": self.active, "chosen": self.chosen}
-        taps: list[Op] = [Tap(f"route.{at}.{what}", value) for what, value in tapped.items()]
-        if self.one.loss:
-            loss = self.names.new("loss")
-            reads = (self.logit, self.chosen, self.active)
-            taps.append(Segment("membership_loss", membership_loss(self.stream, self.one.loss), reads, (loss,)))
-            taps.append(Tap(f"loss.{at}.router", loss))
-        return taps
-
-    def params(self, seed: int) -> dict[str, Param]:
-        """One router a recursion."""
-        type = Type(wide(self.stream.dtype), self.stream.shape[2:])
-        law = f"normal({self.one.std})" if self.one.std else "zeros"
-        return {
-            f"depth.{self.r}.{r}.router.weight": Param(type, expr=Init(type, law, seed + r))
-            for r in range(len(self.capacities))
-        }

@@ -129,13 +129,14 @@ def test_regions_print_and_parse() -> None:
 
 
 def test_segments_share_a_function() -> None:
-    def glue(name: str, param: str) -> Segment:
+    def glue(name: str, param: str, precise: bool = False) -> Segment:
         shape = [value("h"), Input("w", "param", SQUARE)]
         made = body(shape, lambda call, h, w: call(aten.linear.default, (h, w)))
-        return Segment(name, made, ("h",), ("h",), (param,))
+        return Segment(name, made, ("h",), ("h",), (param,), precise)
 
-    ops = [glue("a", "gates.0.weight"), call(), glue("a", "gates.1.weight"), glue("b", "gates.2.weight")]
+    ops = [glue("a", "gates.0.weight"), call(), glue("a", "gates.1.weight", True), glue("b", "gates.2.weight")]
     text = round_trip(program(ops, [linear_block()]))
+    assert text.count("precise=True)") == 1
     assert text.count("@segment") == 1
     assert 'h = a(h, w="gates.2", name="b")' in text
 

@@ -67,10 +67,10 @@ class OpReader:
             fail(call, f"there is no block or segment {label!r}", expected=_known(self.functions))
         reads = tuple(value_name(a, scope) for a in call.args)
         if function.kind == "segment":
-            words = _words(call, ["w", "name"])
+            words = _words(call, ["w", "name", "precise"])
             params, _ = _weights(words.get("w"), function, scope)
             name = string(words["name"], scope) if "name" in words else function.name
-            return Segment(name, function.body, reads, writes, params)
+            return Segment(name, function.body, reads, writes, params, _true(words.get("precise")))
         words = _words(call, ["w", "c", "kv", "grad", "layer"])
         params, prefix = _weights(words.get("w"), function, scope)
         return Call(
@@ -181,6 +181,13 @@ def _entries(node: ast.Dict, function: Function, scope: Scope) -> dict[str, str]
             fail(key or value, f"{function.label} has no slot {slot!r}", expected=", ".join(function.slots))
         found[slot] = string(value, scope)
     return found
+
+
+def _true(node: ast.expr | None) -> bool:
+    """A switch, which is written only where it is on."""
+    if node is not None and not (isinstance(node, ast.Constant) and node.value is True):
+        fail(node, "this is not a switch", expected="True, or leave it out")
+    return node is not None
 
 
 def _kv(node: ast.expr, scope: Scope) -> Any:

@@ -135,6 +135,7 @@ class _Printer:
             case Segment():
                 function = self.functions[function_key(op)]
                 own_name: _Parts = [["name=", words("string", op.name)]] if op.name != function.name else []
+                own_name += [["precise=True"]] if op.precise else []
                 return _line(*_targets(op.writes), *self._apply(function, op.reads, op.params, own_name))
             case Loop():
                 until: list[Piece] = [", until=", words("value", op.until)] if op.until is not None else []
