@@ -324,11 +324,10 @@ def _select(op: Select, place: _Place) -> None:
             _rule(text, op, place)
     if op.judge is not None and op.inference is None:
         place.fail("only a rule for inference has a judge", expected='inference="threshold(0)"', found=op.judge)
-    for name in filter(None, (op.score, op.judge)):
-        place.plain(name)
-    for name in (op.among, op.of):
-        if name is not None:
-            place.tokens(name)
+    for value in filter(None, (op.score, op.judge)):
+        place.plain(value)
+    for tokens in filter(None, (op.among, op.of)):
+        place.tokens(tokens)
     place.made.append(None)
     place.names[op.write] = _Tokens(len(place.made))
 
