@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .attention import Key
-from .kinds import WIDTH
+from .recursions import Recursions, require_tied
+from .routers import (
+    Outcome,
+    Router,
+    best,
+    make_router,
+    marked,
+    membership,
+    passing,
+    placed,
+    require_numbers,
+    router_logits,
+    squares,
+    warmed,
+)
 from .rows import Inputs, LayerMath, Row, rows_of
-from .tying import Tied, tie, unique_layers
+from .tying import Tied, tie
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `mor`, expert-choice. `causal`: tokens pass a threshold instead of being ranked."""
+    """The options of `mor`, expert-choice. `causal`: tokens pass a threshold instead of being ranked.
+
+    Warm-up is of the ranking alone: in causal use a recursion has the capacity that is written here.
+    """
 
     loops: int = 3
     sharing: str = "middle_cycle"
@@ -26,11 +41,15 @@ class Settings:
     alpha: float = 0.1
     gate: str = "sigmoid"  # tanh, none
     combine: str = "weighted"  # additive, delta, off
-    kv: str = "recursion"  # share_first
+    kv: str = "recursion"  # share_first, update
     router: str = "linear"  # mlp
     loss: float = 0.001
     causal: bool = False
     temperature: float = 1.0
+    per: str = "row"  # document
+    aux: bool = False  # a second router, which learns the choice and decides in causal use
+    z: float = 0.0
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         default = tuple((self.loops - r) / self.loops for r in range(self.loops))
@@ -38,56 +57,34 @@ class Settings:
         falling = all(a >= b for a, b in zip(self.capacities, self.capacities[1:], strict=False))
         if len(self.capacities) != self.loops or not falling or not all(0 < c <= 1 for c in self.capacities):
             raise ValueError(f"capacities {self.capacities} for {self.loops} loops")
-        if self.kv == "share_first" and self.capacities[0] != 1:
-            raise ValueError("share_first needs every token in recursion 0")
-        if self.sharing not in ("cycle", "middle_cycle") or self.kv not in ("recursion", "share_first"):
-            raise ValueError(f"routing over {self.sharing} with keys of {self.kv}")
+        if self.kv != "recursion" and self.capacities[0] != 1:
+            raise ValueError(f"{self.kv} needs every token in recursion 0")
+        if self.per not in ("row", "document"):
+            raise ValueError(f"the best per {self.per}")
+        require_tied(self.sharing, self.kv)
 
 
 @dataclass(frozen=True)
-class Result:
-    """`selected` and `router_logits` have a [B, S] for each recursion; a logit is NaN where there was no candidate.
+class Result(Outcome):
+    """`selected` and the logits of routers have a [B, S] for each recursion; NaN where there was no candidate."""
 
-    Logits of padded tokens are finite and mean nothing.
-    """
-
-    logits: Tensor
     selected: list[Tensor]
     router_logits: list[Tensor]
-    losses: dict[str, Tensor]  # weighted, by name
-
-    @property
-    def loss(self) -> Tensor:
-        return torch.stack([*self.losses.values()]).sum()
+    aux_logits: list[Tensor]  # empty without an auxiliary router
 
 
-def make_routers(settings: Settings, width: int = WIDTH, seed: int = 0, scale: float = 0.3) -> list[dict[str, Tensor]]:
-    shapes = {"linear": {"weight": (1, width)}, "mlp": {"up": (2 * width, width), "down": (1, 2 * width)}}
+def make_routers(settings: Settings, seed: int = 0) -> list[dict[str, Tensor]]:
+    """One a recursion; auxiliary ones are of the same kind."""
     generator = torch.Generator().manual_seed(seed)
-
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).requires_grad_()
-
-    return [{name: draw(s) for name, s in shapes[settings.router].items()} for _ in range(settings.loops)]
+    return [make_router(settings.router, generator) for _ in range(settings.loops)]
 
 
-def router_logit(router: Mapping[str, Tensor], x: Tensor, settings: Settings) -> Tensor:
-    x = x / settings.temperature
-    if settings.router == "linear":
-        return (router["weight"] @ x)[0]
-    return (router["down"] @ F.gelu(router["up"] @ x))[0]
-
-
-def choose(settings: Settings, r: int, logits: Mapping[int, Tensor], tokens: int) -> list[int]:
-    """The active tokens among the candidates, in order of position; `tokens` counts the real ones of the row."""
-    if any(logit.isnan() for logit in logits.values()):
-        raise ValueError(f"a router logit of recursion {r} is not a number")
-    capacity = settings.capacities[r]
+def choose(settings: Settings, row: Row, r: int, step: int, logits: Mapping, judged: Mapping) -> list[int]:
+    """The active tokens among the candidates, in order of position; `judged` are the auxiliary logits."""
+    require_numbers(logits, f"recursion {r}")
     if settings.causal:
-        return [t for t, logit in logits.items() if capacity == 1 or logit > 0]
-    count = min(max(1, int(capacity * tokens)), len(logits)) if tokens else 0
-    ranked = sorted(logits, key=lambda t: (-logits[t].item(), t))
-    return sorted(ranked[:count])
+        return passing(settings.capacities[r], judged if settings.aux else logits)
+    return best(row, settings.per, warmed(settings.capacities[r], step, settings.warmup), logits)
 
 
 def combine(settings: Settings, x: Tensor, block: Tensor, logit: Tensor) -> Tensor:
@@ -98,63 +95,70 @@ def combine(settings: Settings, x: Tensor, block: Tensor, logit: Tensor) -> Tens
     return new[settings.combine]
 
 
-@dataclass(frozen=True)
+def logits_at(router: Router, states: Mapping, candidates: Sequence[int], settings: Settings) -> dict[int, Tensor]:
+    return {t: router_logits(router, states[t], settings.temperature)[0] for t in candidates}
+
+
+@dataclass
 class Routed:
     """What a row leaves: its last states, and for each recursion the candidates' logits and the active tokens."""
 
     states: dict[int, Tensor]
-    logits: list[dict[int, Tensor]]
-    active: list[list[int]]
+    logits: list[dict[int, Tensor]] = field(default_factory=list)
+    judged: list[dict[int, Tensor]] = field(default_factory=list)
+    active: list[list[int]] = field(default_factory=list)
 
 
-def route_row(row: Row, tied: Tied, settings: Settings, routers: Sequence, states: dict[int, Tensor]) -> Routed:
-    unique = unique_layers(settings.sharing, len(tied.order), settings.loops)
-    ends = int(settings.sharing == "middle_cycle")
-    if ends:
-        states = row.run(tied.slots[0], 0, states)
-    logits, active = [], [[t for t in states if row.real[t]]]
-    first: dict[int, dict[int, Key]] = {}  # the keys and values of recursion 0, by slot
+def route_row(
+    recursions: Recursions, settings: Settings, routers: Sequence, aux: Sequence, step: int, states: dict[int, Tensor]
+) -> Routed:
+    row = recursions.row
+    found = Routed(recursions.before(states))
+    candidates = [t for t in states if row.real[t]]
     for r in range(settings.loops):
-        logits.append({t: router_logit(routers[r], states[t], settings) for t in active[-1]})
-        active.append(choose(settings, r, logits[r], sum(row.real)))
-        block = {t: states[t] for t in active[-1]}
-        for depth in range(ends + r * unique, ends + (r + 1) * unique):
-            slot, keys = tied.order[depth], None
-            if settings.kv == "share_first":
-                keys = first[slot] if r else first.setdefault(slot, row.keys(tied.slots[slot], block))
-            block = row.run(tied.slots[slot], depth, block, keys)
-        states = states | {t: combine(settings, states[t], block[t], logits[r][t]) for t in block}
-    if ends:
-        states = row.run(tied.slots[-1], len(tied.order) - 1, states)
-    return Routed(states, logits, active[1:])
+        logits = logits_at(routers[r], found.states, candidates, settings)
+        detached = {t: x.detach() for t, x in found.states.items()}
+        judged = logits_at(aux[r], detached, candidates, settings) if settings.aux else {}
+        candidates = choose(settings, row, r, step, logits, judged)
+        block = recursions.run(r, {t: found.states[t] for t in candidates})
+        found.states |= {t: combine(settings, found.states[t], block[t], logits[t]) for t in candidates}
+        found.logits.append(logits)
+        found.judged.append(judged)
+        found.active.append(candidates)
+    found.states = recursions.after(found.states)
+    return found
 
 
 def route(
     math_: LayerMath,
     settings: Settings,
-    routers: Sequence[Mapping[str, Tensor]],
+    routers: Sequence[Router],
     inputs: Inputs,
     real: Tensor,
     documents: Tensor | None = None,
     tied: Tied | None = None,
+    aux: Sequence[Router] = (),
+    step: int = 0,
 ) -> Result:
-    """The routed model, one row after another; `tied`, where given, has the slots instead of the model's layers."""
+    """The routed model, one row after another, after `step` optimizer steps.
+
+    `tied`, where given, has the slots instead of the model's layers; `aux` are the auxiliary routers.
+    """
     tied = tied or tie(math_, settings.sharing, settings.loops, settings.init)
-    rows = rows_of(math_, real, documents)
-    done = [
-        route_row(row, tied, settings, routers, dict(enumerate(math_.embed(inputs, b)))) for b, row in enumerate(rows)
-    ]
-    selected = [torch.zeros_like(real) for _ in routers]
-    router_logits = [torch.full(real.shape, torch.nan, dtype=torch.float64) for _ in routers]
-    membership = torch.zeros((), dtype=torch.float64)
+    rows, done = rows_of(math_, real, documents), []
+    for b, row in enumerate(rows):
+        recursions = Recursions(row, tied, settings.sharing, settings.loops, settings.kv)
+        done.append(route_row(recursions, settings, routers, aux, step, dict(enumerate(math_.embed(inputs, b)))))
+    losses = {name: torch.zeros((), dtype=torch.float64) for name in ("membership", "aux", "z")}
+    selected, tables, judged_tables = [], [], []
     for r in range(settings.loops):
-        losses = []
-        for b, routed in enumerate(done):
-            selected[r][b, routed.active[r]] = True
-            for t, logit in routed.logits[r].items():
-                router_logits[r][b, t] = logit
-                losses.append(-F.logsigmoid(logit if t in routed.active[r] else -logit))
-        if losses:
-            membership = membership + settings.loss * sum(losses) / len(losses)
-    logits = torch.stack([row.logits(routed.states) for row, routed in zip(rows, done, strict=True)])
-    return Result(logits, selected, router_logits, {"membership": membership})
+        logits, judged = [routed.logits[r] for routed in done], [routed.judged[r] for routed in done]
+        active = [routed.active[r] for routed in done]
+        losses["membership"] = losses["membership"] + settings.loss * membership(logits, active)
+        losses["aux"] = losses["aux"] + membership(judged, active)
+        losses["z"] = losses["z"] + settings.z * squares(logits)
+        selected.append(marked(real, active))
+        tables.append(placed(real, logits))
+        judged_tables += [placed(real, judged)] if settings.aux else []
+    out = torch.stack([row.logits(routed.states) for row, routed in zip(rows, done, strict=True)])
+    return Result(out, losses, selected, tables, judged_tables)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .routers import (
+    Outcome,
     Router,
     best,
     make_router,
@@ -62,20 +63,11 @@ def odd(depth: int, capacity: float = 0.125) -> tuple[float | None, ...]:
 
 
 @dataclass(frozen=True)
-class Result:
-    """`selected` and `router_logits` have a [B, S] for each routed layer; NaN where there was no candidate.
+class Result(Outcome):
+    """`selected` and `router_logits` have a [B, S] for each routed layer; NaN where there was no candidate."""
 
-    Logits of padded tokens are finite and mean nothing.
-    """
-
-    logits: Tensor
     selected: list[Tensor]
     router_logits: list[Tensor]
-    losses: dict[str, Tensor]  # weighted, by name
-
-    @property
-    def loss(self) -> Tensor:
-        return torch.stack([*self.losses.values()]).sum()
 
 
 def make_routers(settings: Settings, kind: str = "linear", seed: int = 0) -> list[dict[str, Tensor]]:
@@ -161,4 +153,4 @@ def route(
             losses["membership"] = losses["membership"] + settings.loss * membership(scores, active)
             losses["z"] = losses["z"] + settings.z * squares(scores)
     logits = torch.stack([row.logits(routed.states) for row, routed in zip(rows, done, strict=True)])
-    return Result(logits, selected, tables, losses)
+    return Result(logits, losses, selected, tables)

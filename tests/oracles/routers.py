@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,6 +62,18 @@ def require_numbers(logits: Mapping[int, Tensor], where: str) -> None:
 
 
 # what rows leave, together
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Logits of padded tokens are finite and mean nothing. Losses are weighted, by name."""
+
+    logits: Tensor
+    losses: dict[str, Tensor]
+
+    @property
+    def loss(self) -> Tensor:
+        return torch.stack([*self.losses.values()]).sum()
 
 
 def mean(values: Iterable[Tensor]) -> Tensor:
