@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from depthc.passes.keep import Keep as Keep
 from depthc.passes.loop import Loop
+from depthc.passes.mod import Mod
 from depthc.passes.recipe import Recipe
 from depthc.passes.route import Route
 from depthc.passes.tie import Tie
@@ -17,6 +19,7 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe((Loop(),), "roll"),
         Recipe((Tie(loops=0, sharing="cycle"),), "albert"),
         Recipe((Tie(loops=3, sharing="middle_cycle"), Route()), "mor"),
+        Recipe((Mod(),), "mod"),
     )
 }
 

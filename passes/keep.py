@@ -1,0 +1,149 @@
+"""keep: each layer runs on a given share of the tokens, by a score that nothing trains (keep schedules, Simba-like)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from depthc.ir.body import Body
+from depthc.ir.names import Names, closest
+from depthc.ir.program import Call, Op, Program, Segment, Select, Tap
+from depthc.ir.types import Type
+from depthc.passes.base import Pass, text_of
+from depthc.passes.glue import Glue, aten, wide
+from depthc.passes.layers import layers_of, names_in, stack_of, with_stack
+from depthc.passes.subsets import group_of, is_share, on_chosen, real_tokens, require_subsets, stream_of
+
+
+@dataclass(frozen=True)
+class Keep(Pass):
+    """Run each layer on the best share of a row's real tokens; the others keep their state. Nothing is trained.
+
+    A layer of capacity 1 stays as it is. Which tokens are the best is a comparison with later ones, so such a model
+    cannot be evaluated token by token: `start` and `generate` refuse it, unless a `threshold` decides outside of
+    training, for every token by itself.
+
+    Loops that tie made are written out first.
+
+    Options:
+        capacities: one a layer, in (0, 1].
+        score: "norm", that of a token's hidden state; "last", later tokens are better; or the name of an argument of
+            the model that has a number a token.
+        nested: whether a token that a layer left out stays out of all later ones; capacities must not increase then.
+        threshold: outside of training, tokens whose score is above it are chosen. Not for the score "last".
+        stack: name or number; the last one by default.
+
+    Raises:
+        RecipeError: capacities do not fit, there is no such score, or a layer mixes tokens other than by attention.
+
+    Example:
+        >>> print(Keep(capacities=(1.0, 0.5, 0.25)))
+        keep(capacities=(1.0, 0.5, 0.25))
+    """
+
+    capacities: tuple[float, ...]
+    score: str = "norm"
+    nested: bool = False
+    threshold: float | None = None
+    stack: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.require_one_of("nested", (False, True))
+        given = self.capacities
+        fits = isinstance(given, tuple) and bool(given) and all(map(is_share, given))
+        if not fits or (self.nested and any(b > a for a, b in pairwise(given))):
+            raise self.refuse(
+                "these are no capacities",
+                expected="a share of the tokens for every layer, in (0, 1]"
+                + ", none above the one before" * self.nested,
+                found=f"capacities={given}",
+                remedy="give for example capacities=(1.0, 0.5, 0.25)",
+            )
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, float | int | None):
+            expected, remedy = "a number, or None", "give for example threshold=1.0"
+            raise self.refuse("option 'threshold'", expected=expected, found=text_of(self.threshold), remedy=remedy)
+        if self.threshold is not None and self.score == "last":
+            raise self.refuse(
+                "a threshold says nothing about which tokens are the last",
+                expected="another score",
+                found=f'score="last", threshold={self.threshold}',
+                remedy='use score="norm"',
+            )
+
+    def apply(self, program: Program) -> Program:
+        """The program with layers on some of their tokens."""
+        stack = stack_of(self, program, self.stack)
+        ops, places = layers_of(self, stack)
+        layers: list[Call] = [ops[i] for i in places]  # type: ignore[misc]
+        if len(layers) != len(self.capacities):
+            expected, remedy = f"{len(layers)} capacities", "give one capacity a layer"
+            found = str(self.capacities)
+            raise self.refuse("capacities do not fit the stack", expected=expected, found=found, remedy=remedy)
+        numbers = [n for n, capacity in enumerate(self.capacities) if capacity < 1]
+        if not numbers:
+            return program
+        require_subsets(self, program, layers, numbers)
+        names, plain = Names(names_in(program)), with_stack(program, stack, ops)
+        before, real = real_tokens(plain, [layers[n] for n in numbers], names)
+        build = _Layer(self, program, group_of(program, "keep"), real, names)
+        for number in reversed(numbers):
+            at, among = places[number], real if number == numbers[0] or not self.nested else build.chosen
+            thinned = build.ops(number, layers[number], among)
+            ops[at : at + 1] = [*(before if number == numbers[0] else ()), *thinned]
+        return with_stack(program, stack, ops)
+
+
+class _Layer:
+    """Writes the ops of a layer on some of its tokens."""
+
+    def __init__(self, one: Keep, program: Program, group: str, real: str, names: Names) -> None:
+        self.one, self.program, self.group, self.real, self.names = one, program, group, real, names
+        self.chosen, self.y, self.score = map(names.new, ("chosen", "y", "score"))
+
+    def ops(self, number: int, call: Call, among: str) -> Iterator[Op]:
+        """Score, select, run on the chosen tokens, merge, and expose the choice."""
+        one, stream = self.one, stream_of(self.program, call)
+        read, body = self._score(call, stream)
+        later = None if one.threshold is None else f"threshold({float(one.threshold)})"
+        yield Segment("score", body, (read,), (self.score,))
+        yield Select(self.chosen, f"topk({one.capacities[number]})", self.score, among, self.real, later)
+        yield from on_chosen(call, stream, self.chosen, self.y, self.names)
+        yield Tap(f"{self.group}.{number}.score", self.score)
+        yield Tap(f"{self.group}.{number}.chosen", self.chosen)
+
+    def _score(self, call: Call, stream: Type) -> tuple[str, Body]:
+        """What a score reads, and how it is computed: [batch, tokens]."""
+        if self.one.score in SCORES:
+            return call.reads[0], SCORES[self.one.score](stream)
+        types = {leaf.name: leaf.type for leaf in self.program.signature.inputs if leaf.type is not None}
+        type = types.get(self.one.score)
+        if type is None or len(type.shape) != 2:
+            known = [*SCORES, *(name for name, other in types.items() if len(other.shape) == 2)]
+            raise self.one.refuse(
+                "there is no such score",
+                expected="one of " + ", ".join(known),
+                found=f"{self.one.score}{'' if type is None else f': {type}'}",
+                remedy=f"use {closest(self.one.score, known)!r}",
+            )
+        g = Glue()
+        return self.one.score, g.body(g.cast(g.value("argument", type), type.dtype, wide(stream.dtype)))
+
+
+def norm(stream: Type) -> Body:
+    """The Euclidean norm of every token's hidden state."""
+    g, dtype = Glue(), wide(stream.dtype)
+    x = g.cast(g.value("h", stream), stream.dtype, dtype)
+    return g.body(g.op(aten.linalg_vector_norm.default, x, 2, [-1]))
+
+
+def last(stream: Type) -> Body:
+    """The number of a token in its row, from 1."""
+    g, dtype = Glue(), wide(stream.dtype)
+    x = g.cast(g.value("h", stream), stream.dtype, dtype)
+    ones = g.op(aten.ones_like.default, g.op(aten.select.int, x, -1, 0))
+    return g.body(g.op(aten.cumsum.default, ones, 1))
+
+
+SCORES = {"norm": norm, "last": last}
+"""Scores by name: bodies from the hidden states to a number a token."""

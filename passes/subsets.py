@@ -1,0 +1,100 @@
+"""Single layers on some of their tokens: what the passes share that choose tokens anew for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from depthc.ir.axes.analysis import analyse
+from depthc.ir.body import Body
+from depthc.ir.errors import RecipeError, SubsetError
+from depthc.ir.masks.padding import padding_of
+from depthc.ir.names import Names
+from depthc.ir.program import Block, Call, Merge, On, Op, Program, Segment, Select
+from depthc.ir.types import Type
+from depthc.passes.base import Pass
+from depthc.passes.glue import Glue, aten
+from depthc.passes.layers import names_in
+
+
+def is_share(value: Any) -> bool:
+    """Whether a value is a share of the tokens: a number in (0, 1].
+
+    Example:
+        >>> is_share(0.125), is_share(0), is_share(True)
+        (True, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def require_subsets(one: Pass, program: Program, layers: Sequence[Call], numbers: Sequence[int]) -> None:
+    """Refuse a layer of these numbers that cannot run on a subset of its tokens; names those that can."""
+    for number in numbers:
+        call = layers[number]
+        error = _refusal(program.blocks[call.block], call)
+        if error is not None:
+            others = [n for n, layer in enumerate(layers) if _refusal(program.blocks[layer.block], layer) is None]
+            raise one.refuse(
+                f"layer {number} cannot be chosen: {error.what}",
+                where=", ".join(filter(None, (call.layer or call.block, error.where))),
+                expected=error.expected,
+                found=error.found,
+                remedy=f"choose among layers {', '.join(map(str, others))}" if others else "leave this stack as it is",
+            )
+
+
+def _refusal(block: Block, call: Call) -> SubsetError | RecipeError | None:
+    """Why a layer cannot run on a subset of its tokens; None if it can."""
+    if call.kv or len(call.writes) != 1:
+        found = "a key/value plan" if call.kv else f"results {', '.join(call.writes)}"
+        return RecipeError("it does more than pass one stream on", expected="a layer with one result", found=found)
+    axes = analyse(block)
+    try:
+        axes.require_legal()
+    except SubsetError as error:
+        found = "; ".join(dict.fromkeys(f"{r.op}: {r.reason}" for r in axes.refusals))
+        return SubsetError(error.what, where=error.where, expected=error.expected, found=found)
+    node = block.body.placeholders_of("value")[0]
+    type = node.meta["input"].type
+    if axes.labels[node][:2] != ((axes.batch,), (axes.token,)) or len(type.shape) != 3:
+        what = "its hidden states have another layout"
+        return RecipeError(what, expected="[batch, tokens, features]", found=str(type))
+    return None
+
+
+def stream_of(program: Program, call: Call) -> Type:
+    """The type of a layer's hidden states: [batch, tokens, features]."""
+    return program.blocks[call.block].body.inputs_of("value")[0].type  # type: ignore[return-value]
+
+
+def group_of(program: Program, wish: str) -> str:
+    """A name for what a pass adds, which no parameter, tap or loop has."""
+    dotted = [name for name in (*program.params, *names_in(program)) if "." in name]
+    return Names(part for name in dotted for part in name.split(".")).new(wish)
+
+
+def real_tokens(program: Program, calls: Sequence[Call], names: Names) -> tuple[list[Op], str]:
+    """Ops that select the tokens that are no padding in these calls of the program, and the set's name."""
+    real, ops = names.new("real"), list[Op]()
+    for number, found in enumerate(padding_of(program, calls)):
+        score = found.argument
+        if not found.on:
+            score, g = names.new("is_token"), Glue()
+            body = g.body(g.op(aten.eq.Scalar, g.value("mask", found.type), 0))
+            ops.append(Segment("is_token", body, (found.argument,), (score,)))
+        ops.append(Select(real, "threshold(0)", score, real if number else None))
+    return ops or [Select(real, "all", calls[0].reads[0])], real
+
+
+def on_chosen(
+    call: Call, stream: Type, chosen: str, y: str, names: Names, body: Body | None = None, extra: tuple[str, ...] = ()
+) -> list[Op]:
+    """A layer on the rows of a token set, under the name `y`, and the rows merged into the stream."""
+    (h, *sides), ops = call.reads, list[Op]()
+    if h in sides:  # a region reads a name as rows or at full length, not both
+        g, rows = Glue(), names.new("stream")
+        ops.append(Segment("stream", g.body(g.value("x", stream)), (h,), (rows,)))
+        h = rows
+    inner = Call(call.block, (h, *sides), (y,), call.params, call.consts, grad=call.grad, layer=call.layer)
+    reads = tuple(dict.fromkeys(inner.reads))
+    return [*ops, On(chosen, reads, (y,), (inner,)), Merge(call.writes[0], h, y, chosen, body, extra)]
