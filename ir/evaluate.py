@@ -129,8 +129,8 @@ class Evaluator:
         rule, judged = op.rule, op.score
         if op.inference and self.selection == "inference":
             rule, judged = op.inference, op.judge or op.score
-        score, among, of = (values[name] if name else None for name in (judged, op.among, op.of))
-        return select(rule, score, among, of, indices, self.step)
+        score, among, of, within = (values[name] if name else None for name in (judged, op.among, op.of, op.within))
+        return select(rule, score, among, of, indices, self.step, within)
 
     def on(self, op: On, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Run a region on the tokens of a set; see `depthc.ir.regions`."""

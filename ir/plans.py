@@ -134,7 +134,7 @@ def kinds_of(op: Op, kinds: Mapping[str, Kind]) -> dict[str, Kind]:
     """The kinds of what an op writes, from those of what it reads."""
     match op:
         case Select():
-            read = [kinds[name] for name in (op.score, op.judge, op.among) if name is not None]
+            read = [kinds[name] for name in (op.score, op.judge, op.among, op.within) if name is not None]
             return {op.write: max(read, key=_ORDER.index)}
         case Merge():
             return {op.write: "rows"}

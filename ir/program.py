@@ -43,10 +43,11 @@ class Kv:
 
     `fresh`: keys and values of the tokens at hand. `store s`: the same, and kept in slot `s`. `read s`: those of
     slot `s`; the block's own key/value projections are not run. `share s`: the first application stores, later ones
-    read. `update s`: slot `s`, with the rows of the tokens at hand replaced by fresh ones.
+    read. `update s`: slot `s`, with the rows of the tokens at hand replaced by fresh ones. `overlay s`: the first
+    application stores; later ones read the slot with their own rows laid over it, and leave it as it is.
     """
 
-    mode: Literal["fresh", "store", "read", "share", "update"] = "fresh"
+    mode: Literal["fresh", "store", "read", "share", "update", "overlay"] = "fresh"
     slot: str = ""
 
 
@@ -109,6 +110,7 @@ class Select:
     or one number an iteration: "topk([1.0, 0.5][r])". `score` names a value of shape [batch, tokens], which "all" and
     "stride" may go without where `among`, an earlier set, says what the tokens are. `inference` is the rule outside of
     training, if that is another one: one that is causal. `judge` names the value that it reads, if not the score.
+    "topk" counts and chooses apart within each document where `within` names their ids, int[batch, tokens].
     """
 
     write: str
@@ -118,11 +120,13 @@ class Select:
     of: str | None = None
     inference: str | None = None
     judge: str | None = None
+    within: str | None = None
 
     @property
     def reads(self) -> tuple[str, ...]:
         """All names that it reads."""
-        return tuple(n for n in (self.score, self.judge, self.among, self.of) if n is not None)
+        names = (self.score, self.judge, self.among, self.of, self.within)
+        return tuple(name for name in names if name is not None)
 
 
 @dataclass(frozen=True)

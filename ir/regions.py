@@ -91,15 +91,16 @@ def run_planned(
         training=evaluator.training,
         device=evaluator.device,
     )
-    for plan, name, cache in zip(plans, names, kept, strict=False):
-        if plan.mode in ("store", "update"):
+    for plan, written, name, cache in zip(plans, op.kv, names, kept, strict=False):
+        if plan.mode == "store" or (plan.mode == "update" and written.mode != "overlay"):
             evaluator.slots[name] = Slot(cache, keys if plan.mode == "update" else rows)
     values.update(zip(op.writes, results, strict=True))
 
 
 def settled(plan: Kv, filled: bool) -> Kv:
-    """A plan with `share` as what it is here: `read` where its slot is filled, else `store`."""
-    return Kv("read" if filled else "store", plan.slot) if plan.mode == "share" else plan
+    """A plan with `share` or `overlay` as what it is here: `read` or `update` if its slot is filled, else `store`."""
+    later: dict[str, Any] = {"share": "read", "overlay": "update"}
+    return Kv(later[plan.mode] if filled else "store", plan.slot) if plan.mode in later else plan
 
 
 def rows_of(tokens: TokenSet | None) -> Rows:

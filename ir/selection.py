@@ -127,11 +127,13 @@ def select(
     of: TokenSet | None = None,
     indices: Mapping[str, int] | None = None,
     step: int | None = None,
+    within: Tensor | None = None,
 ) -> TokenSet:
     """The set that a rule makes of scores [batch, tokens, ...] among the candidates.
 
     Rules: "all"; "stride(q)": every q-th position; "topk(c)": the max(1, int(c n)) best, where n counts the tokens of
-    `of` in the batch row (the candidates, if it is not given), ties to the lower position; "threshold(x)": score > x,
+    `of` in the batch row (the candidates, if it is not given), or in each of its documents, whose ids are `within`:
+    int[batch, tokens]; ties to the lower position; "threshold(x)": score > x,
     all for x = -inf; "atleast(r)": score >= r. The number of a rule may be an expression over the loop `indices`, and
     of "topk" fall over the optimizer steps (`step`). "all" and "stride" read no more than the shape of the score, and
     need none with candidates.
@@ -156,6 +158,8 @@ def select(
     assert score is not None, "verify asks for a score"
     _refuse_nan(score, among.mask)
     if name == "topk":
+        if within is not None:
+            return _best_within(score, among, of or among, float(number), within)
         return _best(score, among, of or among, float(number))
     return TokenSet(among.mask & (score > number if name == "threshold" else score >= number))
 
@@ -175,6 +179,23 @@ def _best(score: Tensor, among: TokenSet, of: TokenSet, capacity: float) -> Toke
     places = torch.arange(length, device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter(1, order, places)
     return TokenSet(among.mask & (rank < wanted[:, None]), most=_share(length, capacity))
+
+
+def _best_within(score: Tensor, among: TokenSet, of: TokenSet, capacity: float, within: Tensor) -> TokenSet:
+    """The best candidates of every document, by its own number of tokens."""
+    groups = within.unique(return_inverse=True)[1]
+    count = int(groups.max()) + 1 if groups.numel() else 1
+    places = torch.arange(score.shape[1], device=score.device).expand_as(groups)
+    order = score.masked_fill(~among.mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, groups.gather(1, order).argsort(dim=1, stable=True))  # by document, then by score
+    sorted_groups = groups.gather(1, order)
+    starts = torch.nn.functional.pad(sorted_groups[:, 1:] != sorted_groups[:, :-1], (1, 0)) * places
+    rank = torch.empty_like(order).scatter(1, order, places - starts.cummax(1).values)
+    tokens = torch.zeros(len(groups), count, dtype=torch.int64, device=score.device).scatter_add(
+        1, groups, of.mask.long()
+    )
+    wanted = (tokens.double() * capacity).long().clamp(min=1)
+    return TokenSet(among.mask & (rank < wanted.gather(1, groups)))
 
 
 def _share(count: int, capacity: float) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from depthc.ir import sizes
-from depthc.ir.axes.caches import cached_of
+from depthc.ir.axes.caches import Cached, cached_of
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import IncrementalError
 from depthc.ir.evaluate import Evaluator, WeightParams, indexed, precision
@@ -137,6 +137,8 @@ class Steps:
         """What each port does with its keys, and what it keeps so far."""
         ports, name = ports_of(block), self._slot(op, site, indices)
         kept = self.caches.get(name) or self.past.caches.get(name) or Kept((None,) * len(ports), self._nothing())
+        if self._overlays(op, name) and site in self.past.caches:
+            kept = overlaid(block, kept, self.past.caches[site], self.device)
         plans = [settled(p, name in self.caches) for p in (op.kv if isinstance(op, Call) else ())]
         plans = plans or [Kv("store", "") for _ in ports]
         for number, (port, cache) in enumerate(zip(ports, kept.caches, strict=True)):
@@ -144,12 +146,18 @@ class Steps:
                 plans[number] = Kv("read", "")
         return plans, kept
 
+    def _overlays(self, op: Segment | Call, name: str) -> bool:
+        """Whether an application lays rows of its own over a slot that another one filled."""
+        return isinstance(op, Call) and any(p.mode == "overlay" for p in op.kv) and name in self.caches
+
     def _put(self, op: Segment | Call, indices: Mapping[str, int], site: str, kept: Kept) -> None:
-        self.caches[self._slot(op, site, indices)] = kept
+        name = self._slot(op, site, indices)
+        self.caches[site if self._overlays(op, name) else name] = kept
 
     def _keep(self, op: Segment | Call, site: str, indices: Mapping[str, int]) -> None:
         """No new token comes here: what was kept stays."""
         name = self._slot(op, site, indices)
+        name = site if self._overlays(op, name) else name
         if name in self.past.caches:
             self.caches.setdefault(name, self.past.caches[name])
 
@@ -235,6 +243,39 @@ def _compact(block: Block, kept: Kept) -> Kept:
     )
     rows = positions.expand(valid.shape[0], -1).gather(1, members.positions)
     return Kept(caches, Rows(members.width, rows, members.valid))
+
+
+def overlaid(block: Block, base: Kept, own: Kept, device: torch.device) -> Kept:
+    """What is kept, with the rows of tokens that another application keeps too replaced by those."""
+    batch = max(k.index(device).shape[0] for k in (base.keys, own.keys))
+    theirs, mine = (k.index(device).expand(batch, -1) for k in (base.keys, own.keys))
+    same = theirs[:, :, None] == mine[:, None, :]
+    if own.keys.valid is not None:
+        same = same & own.keys.valid[:, None, :]
+    found, at = same.any(-1), same.to(torch.int8).argmax(-1)
+    caches: list[Cache | None] = []
+    for port, layouts, old, new in zip(ports_of(block), cached_of(block), base.caches, own.caches, strict=True):
+        laid = port.cross or old is None or new is None
+        pairs = () if laid else zip(layouts, old, new, strict=True)  # type: ignore[arg-type]
+        caches.append(old if laid else tuple(_laid(c, a, b, found, at) for c, a, b in pairs))
+    return Kept(tuple(caches), base.keys)
+
+
+def _laid(cached: Cached, base: Tensor, own: Tensor, found: Tensor, at: Tensor) -> Tensor:
+    """`base` with its rows where `found` from the rows `at` of `own`: both [batch, rows]."""
+    if cached.batch is None or cached.dim == cached.batch:
+        raise IncrementalError(
+            "keys whose rows of the batch are merged with others cannot be laid over each other",
+            expected="keys with a dimension for the batch",
+            found=f"a cache of shape {list(base.shape)}",
+            remedy='use kv="share_first" or kv="recursion"',
+        )
+    places = (cached.batch, cached.dim)
+    below, above = (t.movedim(places, (0, 1)) for t in (base, own))
+    batch = torch.arange(below.shape[0], device=base.device)[:, None]
+    taken = above[batch, at.expand(below.shape[0], -1)]
+    mask = found.expand(below.shape[0], -1).reshape(*below.shape[:2], *(1,) * (below.dim() - 2))
+    return torch.where(mask, taken, below).movedim((0, 1), places)
 
 
 def _require_unchanged(old: Tensor, new: Tensor) -> None:

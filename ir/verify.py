@@ -288,14 +288,15 @@ def _call(op: Call, place: _Place) -> None:
 
 
 def _kv(plan: Kv, place: _Place) -> None:
-    if plan.mode not in ("fresh", "store", "read", "share", "update") or (plan.mode == "fresh") != (plan.slot == ""):
-        expected = "fresh without a slot, or store, read, share, update with one"
+    known = plan.mode in ("fresh", "store", "read", "share", "update", "overlay")
+    if not known or (plan.mode == "fresh") != (plan.slot == ""):
+        expected = "fresh without a slot, or store, read, share, update, overlay with one"
         place.fail("this is not a key/value plan", expected=expected, found=f"{plan.mode} {plan.slot!r}")
     slot = _indexed(plan.slot, place)
     if plan.mode in ("read", "update") and slot not in place.slots:
         filled = ", ".join(sorted(place.slots)) or "no slot is filled here"
         place.fail(f"key/value slot {slot!r} is read before it is stored", expected=filled, found=f"{plan.mode} {slot}")
-    if plan.mode in ("store", "share"):
+    if plan.mode in ("store", "share", "overlay"):
         place.slots.add(slot)
 
 
@@ -324,7 +325,7 @@ def _select(op: Select, place: _Place) -> None:
             _rule(text, op, place)
     if op.judge is not None and op.inference is None:
         place.fail("only a rule for inference has a judge", expected='inference="threshold(0)"', found=op.judge)
-    for value in filter(None, (op.score, op.judge)):
+    for value in filter(None, (op.score, op.judge, op.within)):
         place.plain(value)
     for tokens in filter(None, (op.among, op.of)):
         place.tokens(tokens)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from depthc.ir.masks.documents import Documents
 from depthc.ir.masks.padding import Padding
 from depthc.ir.names import Names
 from depthc.ir.params import STEP, Init, Param
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Segment, Select, Tap
 from depthc.ir.types import Type
 from depthc.passes.glue import Glue, aten, wide
-from depthc.passes.routing_glue import combine, membership_loss, router, router_shapes, z_loss
+from depthc.passes.routing_glue import combine, document_ids, membership_loss, router, router_shapes, z_loss
 
 if TYPE_CHECKING:
     from depthc.passes.route import Route
@@ -31,6 +32,7 @@ class ExpertChoice:
         ports: how many attention ports each block has.
         stream: the type of the hidden states.
         names: makes new names.
+        documents: where tokens are chosen within each document.
     """
 
     route: Route
@@ -40,6 +42,7 @@ class ExpertChoice:
     stream: Type
     capacities: tuple[float, ...]
     names: Names
+    documents: Documents | None = None
 
     @property
     def h(self) -> str:
@@ -47,7 +50,7 @@ class ExpertChoice:
 
     @cached_property
     def _made(self) -> dict[str, str]:
-        return {n: self.names.new(n) for n in ("real", "active", "chosen", "y", "logit", "judge")}
+        return {n: self.names.new(n) for n in ("real", "active", "chosen", "y", "logit", "judge", "document")}
 
     def before(self, padding: Sequence[Padding]) -> list[Op]:
         """The set of all real tokens, which all others are subsets of."""
@@ -62,6 +65,9 @@ class ExpertChoice:
                 ops.append(Segment("is_token", body, (found.argument,), (score,)))
             ops.append(Select(real, "threshold(0)", score, real if number else None))
         ops = ops or [Select(real, "all", self.h)]
+        if self.documents is not None:
+            body = document_ids(self.documents.type, self.documents.counting)
+            ops.append(Segment("documents", body, (self.documents.argument,), (self._made["document"],)))
         return [*ops, Select(active, "all", among=real)]
 
     def loop(self) -> Loop:
@@ -99,6 +105,7 @@ class ExpertChoice:
             made["real"],
             f"threshold([{floor}][{index}])",
             made["judge"] if self.route.auxiliary else None,
+            made["document"] if self.documents is not None else None,
         )
 
     def _reads(self) -> tuple[str, ...]:
@@ -116,7 +123,8 @@ class ExpertChoice:
     def _kv(self, number: int, call: Call) -> tuple[Kv, ...]:
         if self.route.kv == "recursion":
             return ()
-        return tuple(Kv("share", f"{self.old.index}.{number}.{port}") for port in range(self.ports[call.block]))
+        mode = "share" if self.route.kv == "share_first" else "overlay"
+        return tuple(Kv(mode, f"{self.old.index}.{number}.{port}") for port in range(self.ports[call.block]))  # type: ignore[arg-type]
 
     def _taps(self, at: str) -> list[Op]:
         """The route, and the losses that this recursion adds."""

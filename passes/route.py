@@ -9,6 +9,7 @@ from itertools import pairwise
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import SubsetError
+from depthc.ir.masks.documents import Documents, documents_of
 from depthc.ir.masks.padding import padding_of
 from depthc.ir.names import Names
 from depthc.ir.program import Call, Loop, Program, Stack
@@ -31,7 +32,9 @@ class Route(Pass):
         capacities: one a recursion, in (0, 1], non-increasing; (N - r) / N by default.
         combine: "weighted", "additive", "delta" or "off": how x and Block(x) become the new x.
         gate, alpha: of the score s = alpha G(logit): "sigmoid", "tanh", or "none" for the logit itself.
-        kv: "recursion": keys and values of the chosen tokens; "share_first": those of recursion 0, for all tokens.
+        kv: "recursion": keys and values of the chosen tokens; "share_first": those of recursion 0, for all tokens;
+            "update": those of recursion 0, but of chosen tokens their own.
+        per: "row", or "document": what a capacity is a share of, and tokens are compared within, in training.
         loss: the weight of the loss that makes logits foretell the choice.
         router: "linear" (D to 1), or "mlp" (D to 2D, GELU, to 1).
         auxiliary: the weight of the loss of a second router, which sends no gradient into the stream and decides in
@@ -56,6 +59,7 @@ class Route(Pass):
     gate: str = "sigmoid"
     alpha: float = 0.1
     kv: str = "recursion"
+    per: str = "row"
     loss: float = 0.001
     router: str = "linear"
     auxiliary: float = 0.0
@@ -70,7 +74,8 @@ class Route(Pass):
     def __post_init__(self) -> None:
         self.require_one_of("combine", COMBINES)
         self.require_one_of("gate", GATES)
-        self.require_one_of("kv", ("recursion", "share_first"))
+        self.require_one_of("kv", ("recursion", "share_first", "update"))
+        self.require_one_of("per", ("row", "document"))
         self.require_one_of("router", ROUTERS)
         self.require_whole("warmup", 0)
         for name in ("loss", "auxiliary", "z_loss"):
@@ -93,7 +98,8 @@ class Route(Pass):
         stream = self._stream(program, calls)
         capacities = self._capacities(loop)
         ports = {c.block: len(ports_of(program.blocks[c.block])) for c in calls}
-        build = ExpertChoice(self, loop, calls, ports, stream, capacities, Names(names_in(program)))
+        documents = self._documents(program, calls)
+        build = ExpertChoice(self, loop, calls, ports, stream, capacities, Names(names_in(program)), documents)
         routed = [*build.before(padding_of(program, calls)), build.loop()]
         at = stack.ops.index(loop)
         params = {**program.params, **build.params(self.seed)}
@@ -134,9 +140,9 @@ class Route(Pass):
         if len(capacities) != count:
             expected, remedy = f"{count} capacities", "give one capacity a recursion"
             raise self.refuse("capacities do not fit the loop", expected=expected, found=str(capacities), remedy=remedy)
-        if self.kv == "share_first" and capacities[0] != 1:
+        if self.kv != "recursion" and capacities[0] != 1:
             raise self.refuse(
-                'kv="share_first" needs the keys of all tokens at recursion 0',
+                f'kv="{self.kv}" needs the keys of all tokens at recursion 0',
                 expected="a first capacity of 1",
                 found=f"capacities={capacities}",
                 remedy='begin with 1.0, or use kv="recursion"',
@@ -165,10 +171,25 @@ class Route(Pass):
                     found="; ".join(dict.fromkeys(f"{r.op}: {r.reason}" for r in axes.refusals)),
                     remedy="tie without route, or route layers that mix tokens by attention alone",
                 ) from error
-            if self.kv == "share_first" and any("{" in p for p in call.params):
+            if self.kv != "recursion" and any("{" in p for p in call.params):
                 remedy = 'tie everything (norms="tied"), or use kv="recursion"'
-                raise self.refuse('kv="share_first" needs layers that are tied in all parameters', remedy=remedy)
+                raise self.refuse(f'kv="{self.kv}" needs layers that are tied in all parameters', remedy=remedy)
         return calls
+
+    def _documents(self, program: Program, calls: Sequence[Call]) -> Documents | None:
+        """What divides rows into documents, if tokens are chosen within each."""
+        if self.per == "row":
+            return None
+        found = documents_of(program, calls)
+        if len(found) != 1:
+            raise self.refuse(
+                'per="document" needs a model whose masks keep documents apart',
+                where=calls[0].layer,
+                expected="one argument with an entry a token: the ids of documents, or positions that begin anew",
+                found=", ".join(d.argument for d in found) or "no such argument",
+                remedy='capture the model with packed rows and that argument, or use per="row"',
+            )
+        return found[0]
 
     def _stream(self, program: Program, calls: Sequence[Call]) -> Type:
         """The type of the hidden states: [batch, tokens, features]."""

@@ -64,6 +64,14 @@ def combine(kind: str, stream: Type, gate: str, alpha: float) -> Body | None:
     return g.body(g.cast(g.op(aten.add.Tensor, old, change), dtype, stream.dtype))
 
 
+def document_ids(type: Type, counting: bool) -> Body:
+    """int[batch, tokens]: the number of a token's document in its row, of positions that count up, or of ids."""
+    g = Glue()
+    steps = g.op(aten.diff.default, g.value("document", type))
+    begins = g.op(aten.ne.Scalar, steps, 1 if counting else 0)
+    return g.body(g.op(aten.cumsum.default, g.op(aten.constant_pad_nd.default, begins, [1, 0]), 1))
+
+
 def z_loss(stream: Type, weight: float) -> Body:
     """weight * logit^2, mean over the candidates of all batch rows: logsumexp^2 of the one logit that there is."""
     g, dtype = Glue(), wide(stream.dtype)

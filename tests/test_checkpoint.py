@@ -403,7 +403,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "text": (lambda f: with_text(f, lambda t: t + "import os\n"), "program cannot be read: this cannot stand", "write"),
     "text of another version": (lambda f: with_text(f, lambda t: t.replace("1", "9", 1)), "another version", "print"),
     "text that breaks a rule": (
-        lambda f: with_text(f, lambda t: t.replace("(x, w", "(y, w")),
+        lambda f: with_text(f, lambda t: t.replace("residual(h, w", "residual(y, w")),
         "program cannot",
         "correct",
     ),

@@ -31,7 +31,8 @@ def test_demo_trains_compares_and_draws(tmp_path: Path) -> None:
     assert int(parameters["mor"]) - int(parameters["tied"]) == 3 * 96  # the routers
     assert int(cost["mor"]) < int(cost["tied"]) == int(cost["original"])
     spent = {name: int(steps[name]) * int(cost[name]) for name in steps}
-    assert spent["mor"] == pytest.approx(spent["original"], rel=0.6 / int(steps["mor"]))
+    rounding = 0.51 * (int(cost["mor"]) + int(cost["original"]))  # to whole steps, on both sides
+    assert spent["mor"] == pytest.approx(spent["original"], abs=rounding)
     assert all(0 < float(b) < 8 for b in bits.values())
     assert float(topk["mor"]) > 0
     assert "token by token as all at once: yes" in done.stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ class Factor:
             same document, as the argument `of[0]` says. "keys", "queries": those that the argument switches on.
             "tensor": nothing simpler is known.
         of: its numbers, or the names of arguments.
+        counting: of documents: whether the argument counts up by one within each (positions), or is the same (ids).
 
     Example:
         >>> str(Factor("window", (8,)))
@@ -31,6 +32,7 @@ class Factor:
 
     kind: Kind
     of: tuple[Any, ...] = ()
+    counting: bool = field(default=False, compare=False, repr=False)
 
     def __str__(self) -> str:
         name = "window" if self.kind == "span" else self.kind
@@ -139,7 +141,8 @@ def explain(name: str, base: Tensor, trials: Sequence[Trial], by_value: bool = T
         if all(flags.take(values, found, same) for values, found in trials):
             off = [Factor("keys", (name,))] if flags.keys else []
             off += [Factor("queries", (name,))] if flags.queries else []
-            factors = (*((Factor("document", (name,)),) if same else ()), *off)
+            document = Factor("document", (name,), counting=same is _consecutive)
+            factors = (*((document,) if same else ()), *off)
             return factors or None
     return None
 

@@ -11,7 +11,7 @@ from depthc.ir.text.functions import Function, bound_name
 from depthc.ir.text.syntax import fail, read_size
 from depthc.ir.text.unfold import Scope, number, string, unfold, value_name
 
-_MODES = ("fresh", "store", "read", "share", "update")
+_MODES = ("fresh", "store", "read", "share", "update", "overlay")
 
 
 class OpReader:
@@ -85,11 +85,11 @@ class OpReader:
         )
 
     def _select(self, call: ast.Call, writes: tuple[str, ...], scope: Scope) -> Select:
-        args = _arguments(call, "select", ["rule"], ["score", "among", "of", "inference", "judge"])
-        names = ("score", "among", "of", "judge")
-        score, among, of, judge = (value_name(args[k], scope) if k in args else None for k in names)
+        args = _arguments(call, "select", ["rule"], ["score", "among", "of", "inference", "judge", "within"])
+        names = ("score", "among", "of", "judge", "within")
+        score, among, of, judge, within = (value_name(args[k], scope) if k in args else None for k in names)
         inference = string(args["inference"], scope) if "inference" in args else None
-        return Select(_single(call, writes), string(args["rule"], scope), score, among, of, inference, judge)
+        return Select(_single(call, writes), string(args["rule"], scope), score, among, of, inference, judge, within)
 
     def _merge(self, call: ast.Call, writes: tuple[str, ...], scope: Scope) -> Merge:
         args = _arguments(call, "merge", ["read", "value", "tokens"], ["combine", "extra", "w"])
@@ -191,10 +191,10 @@ def _true(node: ast.expr | None) -> bool:
 
 
 def _kv(node: ast.expr, scope: Scope) -> Any:
-    """`fresh`, `store("s")`, `read("s")`, `share("s")`, `update("s")`."""
+    """`fresh`, `store("s")`, `read("s")`, `share("s")`, `update("s")`, `overlay("s")`."""
     match node:
         case ast.Name(id="fresh"):
             return Kv()
         case ast.Call(func=ast.Name(id=mode), args=[slot], keywords=[]) if mode in _MODES:
             return Kv(mode, string(slot, scope))  # type: ignore[arg-type]
-    fail(node, "this is not a key/value plan", expected='fresh, store("s"), read("s"), share("s") or update("s")')
+    fail(node, "this is not a key/value plan", expected=f'fresh, or {", ".join(_MODES[1:])} with ("s")')

@@ -146,7 +146,8 @@ class _Printer:
                 names = {"score": op.score, "among": op.among, "of": op.of}
                 parts += [[f"{k}=", words("value", v)] for k, v in names.items() if v is not None]
                 parts += [["inference=", words("string", op.inference)]] if op.inference is not None else []
-                parts += [["judge=", words("value", op.judge)]] if op.judge is not None else []
+                names = {"judge": op.judge, "within": op.within}
+                parts += [[f"{k}=", words("value", v)] for k, v in names.items() if v is not None]
                 return _line(*_targets([op.write]), "select(", *_joined(parts), ")")
             case On():
                 parts = [[words("value", op.tokens)], ["reads=", *_tuple(op.reads)], ["writes=", *_tuple(op.writes)]]
