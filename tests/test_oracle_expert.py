@@ -104,6 +104,14 @@ def test_auxiliary_router_by_hand(causal: bool, expected: list[bool]) -> None:
     assert found.losses["aux"].item() == pytest.approx(judge, abs=1e-15)
 
 
+def test_temperature_by_hand() -> None:
+    """Of the router's input, for both routers; the state itself is as it was."""
+    settings = Settings(1, "cycle", temperature=2.0, gate="none", aux=True)
+    found, _ = toy(settings, [3.0], [1.0], aux=[-1.0])
+    assert [found.router_logits[0].item(), found.aux_logits[0].item()] == [1.5, -1.5]
+    assert found.logits.item() == 3 + 1.5 * 6
+
+
 def test_z_loss_by_hand() -> None:
     found, _ = toy(Settings(2, "cycle", combine="off", capacities=(1, 0.5), z=0.1), [1.0, 2.0, 4.0], [1.0, 1.0], 2)
     assert found.losses["z"].item() == pytest.approx(0.1 * ((1 + 4 + 16) / 3 + (4 + 25 + 121) / 3), abs=1e-12)

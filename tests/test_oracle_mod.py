@@ -61,6 +61,20 @@ def test_one_routed_layer_by_hand(f: str, expected: float) -> None:
     assert found.losses["predictor"].item() == 0
 
 
+def test_losses_are_summed_over_layers() -> None:
+    """Tokens 1, 2: the second one is taken by both layers, as 2 and as 4; the predictor says the contrary of each."""
+    settings = Settings((0.5, 0.5), f="off", loss=0.5, z=0.25, predictor=True)
+    found, _ = toy(settings, [1.0, 2.0], [weight(1.0)] * 2, [weight(-1.0)] * 2)
+    assert found.logits.flatten().tolist() == [1, 9]
+    pairs = [(1, 2), (1, 4)]
+    bce = [cross_entropy(a, False) + cross_entropy(b, True) for a, b in pairs]
+    assert found.losses["membership"].item() == pytest.approx(0.5 * sum(bce) / 2, abs=1e-15)
+    bce = [cross_entropy(-a, False) + cross_entropy(-b, True) for a, b in pairs]
+    assert found.losses["predictor"].item() == pytest.approx(sum(bce) / 2, abs=1e-15)
+    assert found.losses["z"].item() == pytest.approx(0.25 * (1 + 4 + 1 + 16) / 2, abs=1e-15)
+    assert found.loss == found.losses["membership"] + found.losses["predictor"] + found.losses["z"]
+
+
 @pytest.mark.parametrize(("nested", "second"), [(False, [False, True]), (True, [True, False])])
 def test_layers_choose_apart_unless_nested(nested: bool, second: list[bool]) -> None:
     scores = [torch.tensor([row]).double() for row in ([2.0, 1.0], [1.0, 2.0])]

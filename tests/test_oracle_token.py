@@ -69,11 +69,11 @@ def test_two_depths_by_hand(kv: str, expected: list[float], keys: list[tuple[int
     assert seen.keys == keys
 
 
-@pytest.mark.parametrize(("gate", "share"), [("softmax", softmax(0, 1)[1]), ("sigmoid", 0.1 / (1 + math.exp(-1)))])
+@pytest.mark.parametrize(("gate", "share"), [("softmax", softmax(1, 3)[1]), ("sigmoid", 0.1 / (1 + math.exp(-3)))])
 @pytest.mark.parametrize("combine", ["weighted", "additive", "delta", "off"])
 def test_combine_by_hand(combine: str, gate: str, share: float) -> None:
     """Token 1 becomes 2 and then 4, without a gate; it is combined with what it was before recursion 0."""
-    found, _ = toy(Settings(2, "cycle", combine=combine, gate=gate), [1.0], [0.0, 1.0])
+    found, _ = toy(Settings(2, "cycle", combine=combine, gate=gate), [1.0], [1.0, 3.0])
     expected = {"weighted": 1 + share * 4, "additive": 1 + 4, "delta": 1 + share * 3, "off": 4}[combine]
     assert found.logits.item() == pytest.approx(expected, abs=1e-15)
 
@@ -81,6 +81,12 @@ def test_combine_by_hand(combine: str, gate: str, share: float) -> None:
 def test_alpha() -> None:
     found, _ = toy(Settings(2, "cycle", alpha=0.5), [1.0], [0.0, 1.0])
     assert found.logits.item() == pytest.approx(1 + 0.5 * softmax(0, 1)[1] * 4, abs=1e-15)
+
+
+def test_temperature() -> None:
+    found, _ = toy(Settings(2, "cycle", temperature=2.0, combine="additive"), [3.0], [0.0, 1.0])
+    assert found.router_logits.tolist() == [[[0, 1.5]]]
+    assert found.logits.item() == 3 + 12
 
 
 def test_losses_by_hand() -> None:

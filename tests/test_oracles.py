@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import oracles
 import pytest
 import torch
 from oracles import Wide
+from oracles.routers import make_router, router_logits
 
 from .tiny import DOCUMENTS, EVERY, FULL, PADDED, TOLERANCE, gap, logits_of, math_, model
 
@@ -118,6 +120,30 @@ def test_an_average_is_a_new_layer() -> None:
         mean = torch.stack([layers[i].get_parameter(name) for i in (0, 2, 4, 6)]).mean(0)
         torch.testing.assert_close(parameter, mean, rtol=0, atol=1e-15)
     assert tied.order == [0, 1] * 4
+
+
+# routers
+
+
+def test_routers_by_hand() -> None:
+    """The temperature divides the state; between the layers of an MLP is the exact GELU."""
+    x = torch.tensor([4.0, -2.0]).double()
+    linear = {"weight": torch.tensor([[1.0, 2.0], [0.0, 1.0]]).double()}
+    assert router_logits(linear, x).tolist() == [0, -2]
+    assert router_logits(linear, x, 4.0).tolist() == [0, -0.5]
+    mlp = {"up": torch.tensor([[1.0, 0.5], [0.0, 1.0]]).double(), "down": torch.tensor([[1.0, 10.0]]).double()}
+    gelu = [z * (1 + math.erf(z / math.sqrt(2))) / 2 for z in (1.5, -1)]
+    assert router_logits(mlp, x, 2.0).item() == pytest.approx(gelu[0] + 10 * gelu[1], abs=1e-14)
+
+
+def test_routers_have_the_shapes_of_their_kind() -> None:
+    def shapes(kind: str, outputs: int = 1) -> dict[str, tuple[int, ...]]:
+        router = make_router(kind, torch.Generator().manual_seed(0), outputs, width=8)
+        return {name: tuple(value.shape) for name, value in router.items()}
+
+    assert shapes("linear", 3) == {"weight": (3, 8)}
+    assert shapes("mlp", 3) == {"up": (16, 8), "down": (3, 16)}
+    assert shapes("predictor") == {"up": (2, 8), "down": (1, 2)}
 
 
 @pytest.mark.parametrize("wide", [False, True])
