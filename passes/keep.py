@@ -13,7 +13,7 @@ from depthc.ir.types import Type
 from depthc.passes.base import Pass, text_of
 from depthc.passes.glue import Glue, aten, wide
 from depthc.passes.layers import layers_of, names_in, stack_of, with_stack
-from depthc.passes.subsets import group_of, is_share, on_chosen, real_tokens, require_subsets, stream_of
+from depthc.passes.subsets import Candidates, candidates_of, group_of, is_share, on_chosen, require_subsets, stream_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Keep(Pass):
         score: "norm", that of a token's hidden state; "last", later tokens are better; or the name of an argument of
             the model that has a number a token.
         nested: whether a token that a layer left out stays out of all later ones; capacities must not increase then.
+        per: "row", or "document": what a capacity is a share of, and tokens are compared within.
         threshold: outside of training, tokens whose score is above it are chosen. Not for the score "last".
         stack: name or number; the last one by default.
 
@@ -45,11 +46,13 @@ class Keep(Pass):
     capacities: tuple[float, ...]
     score: str = "norm"
     nested: bool = False
+    per: str = "row"
     threshold: float | None = None
     stack: int | str | None = None
 
     def __post_init__(self) -> None:
         self.require_one_of("nested", (False, True))
+        self.require_one_of("per", ("row", "document"))
         given = self.capacities
         fits = isinstance(given, tuple) and bool(given) and all(map(is_share, given))
         if not fits or (self.nested and any(b > a for a, b in pairwise(given))):
@@ -60,7 +63,8 @@ class Keep(Pass):
                 found=f"capacities={given}",
                 remedy="give for example capacities=(1.0, 0.5, 0.25)",
             )
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, float | int | None):
+        least = self.threshold
+        if isinstance(least, bool) or not isinstance(least, float | int | None) or least != least:
             expected, remedy = "a number, or None", "give for example threshold=1.0"
             raise self.refuse("option 'threshold'", expected=expected, found=text_of(self.threshold), remedy=remedy)
         if self.threshold is not None and self.score == "last":
@@ -85,20 +89,20 @@ class Keep(Pass):
             return program
         require_subsets(self, program, layers, numbers)
         names, plain = Names(names_in(program)), with_stack(program, stack, ops)
-        before, real = real_tokens(plain, [layers[n] for n in numbers], names)
-        build = _Layer(self, program, group_of(program, "keep"), real, names)
+        candidates = candidates_of(self, plain, [layers[n] for n in numbers], names, self.per)
+        build = _Layer(self, program, group_of(program, "keep"), candidates, names)
         for number in reversed(numbers):
-            at, among = places[number], real if number == numbers[0] or not self.nested else build.chosen
-            thinned = build.ops(number, layers[number], among)
-            ops[at : at + 1] = [*(before if number == numbers[0] else ()), *thinned]
+            at, begins = places[number], number == numbers[0]
+            among = candidates.real if begins or not self.nested else build.chosen
+            ops[at : at + 1] = [*(candidates.ops if begins else ()), *build.ops(number, layers[number], among)]
         return with_stack(program, stack, ops)
 
 
 class _Layer:
     """Writes the ops of a layer on some of its tokens."""
 
-    def __init__(self, one: Keep, program: Program, group: str, real: str, names: Names) -> None:
-        self.one, self.program, self.group, self.real, self.names = one, program, group, real, names
+    def __init__(self, one: Keep, program: Program, group: str, candidates: Candidates, names: Names) -> None:
+        self.one, self.program, self.group, self.candidates, self.names = one, program, group, candidates, names
         self.chosen, self.y, self.score = map(names.new, ("chosen", "y", "score"))
 
     def ops(self, number: int, call: Call, among: str) -> Iterator[Op]:
@@ -107,7 +111,8 @@ class _Layer:
         read, body = self._score(call, stream)
         later = None if one.threshold is None else f"threshold({float(one.threshold)})"
         yield Segment("score", body, (read,), (self.score,))
-        yield Select(self.chosen, f"topk({one.capacities[number]})", self.score, among, self.real, later)
+        rule, of, within = f"topk({one.capacities[number]})", self.candidates.real, self.candidates.document
+        yield Select(self.chosen, rule, self.score, among, of, later, within=within)
         yield from on_chosen(call, stream, self.chosen, self.y, self.names)
         yield Tap(f"{self.group}.{number}.score", self.score)
         yield Tap(f"{self.group}.{number}.chosen", self.chosen)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.body import Body
 from depthc.ir.errors import RecipeError, SubsetError
+from depthc.ir.masks.documents import Documents, documents_of
 from depthc.ir.masks.padding import padding_of
 from depthc.ir.names import Names
 from depthc.ir.program import Block, Call, Merge, On, Op, Program, Segment, Select
@@ -15,6 +17,7 @@ from depthc.ir.types import Type
 from depthc.passes.base import Pass
 from depthc.passes.glue import Glue, aten
 from depthc.passes.layers import names_in
+from depthc.passes.routing_glue import document_ids
 
 
 def is_share(value: Any) -> bool:
@@ -73,8 +76,23 @@ def group_of(program: Program, wish: str) -> str:
     return Names(part for name in dotted for part in name.split(".")).new(wish)
 
 
-def real_tokens(program: Program, calls: Sequence[Call], names: Names) -> tuple[list[Op], str]:
-    """Ops that select the tokens that are no padding in these calls of the program, and the set's name."""
+@dataclass(frozen=True)
+class Candidates:
+    """The tokens that layers choose among.
+
+    Attributes:
+        ops: the ops that find them.
+        real: the set of tokens that are no padding.
+        document: the ids within which tokens are compared; None: within rows.
+    """
+
+    ops: list[Op]
+    real: str
+    document: str | None
+
+
+def candidates_of(one: Pass, program: Program, calls: Sequence[Call], names: Names, per: str) -> Candidates:
+    """What these calls of the program choose among, per "row" or "document"."""
     real, ops = names.new("real"), list[Op]()
     for number, found in enumerate(padding_of(program, calls)):
         score = found.argument
@@ -83,7 +101,26 @@ def real_tokens(program: Program, calls: Sequence[Call], names: Names) -> tuple[
             body = g.body(g.op(aten.eq.Scalar, g.value("mask", found.type), 0))
             ops.append(Segment("is_token", body, (found.argument,), (score,)))
         ops.append(Select(real, "threshold(0)", score, real if number else None))
-    return ops or [Select(real, "all", calls[0].reads[0])], real
+    ops = ops or [Select(real, "all", calls[0].reads[0])]
+    if per == "row":
+        return Candidates(ops, real, None)
+    documents, ids = _documents(one, program, calls), names.new("document")
+    body = document_ids(documents.type, documents.counting)
+    return Candidates([*ops, Segment("documents", body, (documents.argument,), (ids,))], real, ids)
+
+
+def _documents(one: Pass, program: Program, calls: Sequence[Call]) -> Documents:
+    """What divides rows into documents."""
+    found = documents_of(program, calls)
+    if len(found) != 1:
+        raise one.refuse(
+            'per="document" needs a model whose masks keep documents apart',
+            where=calls[0].layer,
+            expected="one argument with an entry a token: the ids of documents, or positions that begin anew",
+            found=", ".join(d.argument for d in found) or "no such argument",
+            remedy='capture the model with packed rows and that argument, or use per="row"',
+        )
+    return found[0]
 
 
 def on_chosen(

@@ -22,6 +22,8 @@ ROWS = {
         [[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]]
     ).bool(),
 }
+ROWS["packed"] = ROWS["full"]
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 2, 2, 2, 2]])
 FORWARD, BACKWARD = 1e-10, 1e-8
 
 
@@ -29,9 +31,14 @@ FORWARD, BACKWARD = 1e-10, 1e-8
 def captured(kind: str, rows: str) -> tuple[nn.Module, Program, dict[str, Tensor]]:
     """A model, its program and the inputs that both take."""
     model = oracles.build(kind)
-    inputs = oracles.inputs_of(kind, ROWS[rows])
+    inputs = oracles.inputs_of(kind, ROWS[rows], documents=documents_of(rows))
     with Wide():
         return model, depthc.capture(model, kwargs=inputs), inputs
+
+
+def documents_of(rows: str) -> Tensor | None:
+    """The number of every token's document, of packed rows."""
+    return DOCUMENTS if rows == "packed" else None
 
 
 def logits_of(out: Any) -> Tensor:

@@ -20,7 +20,18 @@ from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 
 from .models import Spec, Stacked, ids, seeded
-from .routed import FORWARD, ROWS, assert_same_gradients, captured, changed_last, counted, forward, logits_of, stepped
+from .routed import (
+    FORWARD,
+    ROWS,
+    assert_same_gradients,
+    captured,
+    changed_last,
+    counted,
+    documents_of,
+    forward,
+    logits_of,
+    stepped,
+)
 from .routed import weighted as scalar
 
 CAPACITIES = (1.0, 0.7, 1.0, 1.0, 0.4, 0.7, 0.1, 1.0)
@@ -32,11 +43,13 @@ class Case:
 
     def __init__(self, kind: str, rows: str = "full", causal: bool = False, **options: Any) -> None:
         self.model, program, self.inputs = captured(kind, rows)
-        self.kind, self.real, self.causal, self.options = kind, ROWS[rows], causal, options
+        self.kind, self.real, self.documents = kind, ROWS[rows], documents_of(rows)
+        self.causal, self.options = causal, options
         self.capacities = options.setdefault("capacities", FALLING if options.get("nested") else CAPACITIES)
         self.settings = oracle.Settings(
             tuple(None if c == 1 else c for c in self.capacities),
             f="off",
+            per=options.get("per", "row"),
             nested=options.get("nested", False),
             causal=causal,
         )
@@ -60,7 +73,7 @@ def agree(case: Case) -> None:
     """Forward, choices, and every gradient."""
     with Wide():
         math = oracles.math_of(case.kind, case.model)
-        expected = oracle.route(math, case.settings, case.scorers(), case.inputs, case.real)
+        expected = oracle.route(math, case.settings, case.scorers(), case.inputs, case.real, case.documents)
     logits, aux = forward(case.compiled, case.inputs, case.causal)
     assert (logits[case.real] - expected.logits[case.real]).abs().max() < FORWARD
     for number, chosen in zip(case.settings.routed, expected.selected, strict=True):
@@ -73,6 +86,7 @@ def agree(case: Case) -> None:
 
 
 OTHERS = [kind for kind in oracles.KINDS if kind != "llama"]
+EVERY = [*OTHERS, oracles.ENCODER]
 SCORES = ["norm", "last", "input_ids"]
 
 
@@ -82,9 +96,15 @@ def test_scores(score: str, nested: bool) -> None:
     agree(Case("llama", "padded", score=score, nested=nested))
 
 
+@pytest.mark.parametrize("per", ["row", "document"])
+def test_packed_rows(per: str) -> None:
+    """Documents do not see each other, and compete with each other or not."""
+    agree(Case("llama", "packed", per=per, nested=per == "document"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_other_architectures(kind: str, nested: bool) -> None:
     agree(Case(kind, "padded", nested=nested))
 
@@ -194,6 +214,8 @@ def test_an_argument_that_the_model_does_not_read() -> None:
         ({"capacities": (1.0, 0.5), "score": "nrm"}, "no such score", "'norm'"),
         ({"capacities": (1.0, 0.5), "score": "last", "threshold": 1.0}, "the last", 'score="norm"'),
         ({"capacities": (1.0, 0.5), "threshold": "high"}, "'threshold'", "threshold="),
+        ({"capacities": (1.0, 0.5), "threshold": float("nan")}, "'threshold'", "threshold="),
+        ({"capacities": (1.0, 0.5), "per": "document"}, "keep documents apart", 'per="row"'),
         ({"capacities": (1.0, 0.5), "nested": 1.5}, "'nested'", "use"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import oracles
@@ -25,7 +26,18 @@ from depthc.passes.recipes import recipe_of
 from depthc.runtime.telemetry import report
 
 from .models import Attention, Spec, Stacked, ids, seeded
-from .routed import FORWARD, ROWS, assert_same_gradients, captured, changed_last, counted, forward, logits_of, stepped
+from .routed import (
+    FORWARD,
+    ROWS,
+    assert_same_gradients,
+    captured,
+    changed_last,
+    counted,
+    documents_of,
+    forward,
+    logits_of,
+    stepped,
+)
 from .routed import weighted as scalar
 
 DEPTH = 8
@@ -34,20 +46,27 @@ DEPTH = 8
 class Case:
     """One way to route one model: the oracle's answer, and the compiler's."""
 
-    def __init__(self, kind: str, rows: str = "full", causal: bool = False, capacity: float = 0.5, **options: Any):
+    def __init__(
+        self, kind: str, rows: str = "full", causal: bool = False, capacity: float = 0.5, step: int = 0, **options: Any
+    ) -> None:
         self.model, program, self.inputs = captured(kind, rows)
-        self.kind, self.real, self.causal = kind, ROWS[rows], causal
+        self.kind, self.real, self.documents = kind, ROWS[rows], documents_of(rows)
+        self.causal, self.step = causal, step
         self.numbers = options.get("layers", (1, 3, 5, 7))
         self.predicts = options.get("predictor", False)
         self.settings = oracle.Settings(
             tuple(capacity if n in self.numbers else None for n in range(DEPTH)),
             f={"difference": "delta", "block": "block"}[options.get("f", "difference")],
+            per=options.get("per", "row"),
             loss=0 if self.predicts else options.get("loss", 0.001),
+            z=options.get("z_loss", 0.0),
+            warmup=options.get("warmup", 0),
             causal=causal,
             predictor=self.predicts,
         )
         self.program = run_recipe(program, recipe_of("mod", {"capacity": capacity, **options}))[0]
         self.compiled: DepthModule = lower(self.program)  # its parameters are the model's own
+        self.compiled.set_step(step)
         self.routers = oracle.make_routers(self.settings)
         self.predictors = oracle.make_routers(self.settings, "predictor", seed=1) if self.predicts else []
         with torch.no_grad():
@@ -65,9 +84,11 @@ class Case:
         return found + [p[part] for part in ("up", "down") for p in self.predictors]
 
     def expected(self) -> oracle.Result:
-        math = oracles.math_of(self.kind, self.model)
+        math, real, documents = oracles.math_of(self.kind, self.model), self.real, self.documents
         with Wide():
-            return oracle.route(math, self.settings, self.routers, self.inputs, self.real, predictors=self.predictors)
+            return oracle.route(
+                math, self.settings, self.routers, self.inputs, real, documents, self.predictors, self.step
+            )
 
     def found(self, inputs: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Any]:
         return forward(self.compiled, inputs or self.inputs, self.causal)
@@ -90,30 +111,31 @@ def agree(case: Case, backward: bool = True) -> None:
 
 
 OTHERS = [kind for kind in oracles.KINDS if kind != "llama"]
+EVERY = [*OTHERS, oracles.ENCODER]
 DECIDERS = pytest.mark.parametrize("predictor", [False, True], ids=["router", "predictor"])
 
 
 @DECIDERS
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", ["full", "padded"])
 def test_top_k_is_the_oracle(rows: str, predictor: bool) -> None:
     agree(Case("llama", rows, predictor=predictor))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("rows", ["full", "padded"])
+@pytest.mark.parametrize("kind", EVERY)
 def test_top_k_on_other_architectures(kind: str, rows: str) -> None:
     agree(Case(kind, rows, predictor=kind == "parallel"))
 
 
 @DECIDERS
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", ["full", "padded"])
 def test_threshold_is_the_oracle(rows: str, predictor: bool) -> None:
     agree(Case("llama", rows, causal=True, predictor=predictor))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_threshold_on_other_architectures(kind: str) -> None:
     agree(Case(kind, "padded", causal=True, predictor=kind == "post_norm"))
 
@@ -127,11 +149,21 @@ def test_threshold_on_other_architectures(kind: str) -> None:
         {"capacity": 0.01, "layers": (0, 1, 2)},
         {"layers": (0, 7), "loss": 1.0},
         {"layers": tuple(range(8)), "capacity": 0.7},
+        {"z_loss": 0.1, "predictor": True},
+        {"warmup": 320, "step": 160, "capacity": 0.2},
+        {"warmup": 320, "step": 400, "z_loss": 0.1},
     ],
     ids=str,
 )
 def test_other_settings(options: dict[str, Any]) -> None:
     agree(Case("llama", "padded", **options))
+
+
+@pytest.mark.parametrize("per", ["row", "document"])
+def test_packed_rows(per: str) -> None:
+    """Documents do not see each other, and compete with each other or not."""
+    agree(Case("llama", "packed", per=per))
+    agree(Case("llama", "packed", per=per, causal=True), backward=False)
 
 
 def test_no_gradient_passes_a_predictor() -> None:
@@ -369,6 +401,23 @@ def test_hybrids_route_the_layers_that_may_be() -> None:
     assert [r.recursion for r in compiled.train().forward_with_aux(ids())[1].routes] == [1, 4]
 
 
+def test_checkpointed_saved_and_compiled(tmp_path: Path) -> None:
+    """Activations are computed again backward with the same choices; a saved module is the same; one graph holds it."""
+    compiled = depthc.compile(seeded(Stacked), Mod(capacity=0.5, predictor=True, std=1.0), args=(ids(2, 9),)).train()
+    found = []
+    for turn in (compiled.gradient_checkpointing_disable, compiled.gradient_checkpointing_enable):
+        turn()
+        out, aux = compiled.forward_with_aux(ids(2, 9))
+        grads = torch.autograd.grad(out.pow(2).sum() + aux.loss, list(compiled.parameters()), allow_unused=True)
+        found.append([out, *(g for g in grads if g is not None)])
+    assert all(map(torch.equal, *found))
+    compiled.gradient_checkpointing_disable()
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(compiled, backend="eager", fullgraph=True)(ids(2, 9)), found[0][0])
+    depthc.save(compiled.eval(), tmp_path / "saved")
+    assert torch.equal(depthc.load(tmp_path / "saved").eval()(ids(2, 9)), compiled(ids(2, 9)))
+
+
 # bad inputs
 
 
@@ -389,6 +438,10 @@ def test_hybrids_route_the_layers_that_may_be() -> None:
         ({"std": float("inf")}, "'std'", "std=0"),
         ({"layers": (1, 4)}, "no such layers", "layers=(3,)"),
         ({"layers": (-1,)}, "no such layers", "layers=(3,)"),
+        ({"per": "token"}, "'per'", "use"),
+        ({"per": "document"}, "keep documents apart", 'per="row"'),
+        ({"warmup": -1}, "'warmup'", "warmup=0"),
+        ({"z_loss": float("nan")}, "'z_loss'", "z_loss=0"),
         ({"predictor": "mlp"}, "'predictor'", "use"),
         ({"stack": "encoder"}, "no such stack", "name one"),
     ],
