@@ -18,13 +18,13 @@ class Route:
 
     Attributes:
         loop, recursion: the loop's index and its value.
-        logit: [batch, tokens], of the router.
+        logit: [batch, tokens], of the router that decides in inference; None where tokens choose their depth at once.
         candidates, chosen: bool[batch, tokens].
     """
 
     loop: str
     recursion: int
-    logit: Tensor
+    logit: Tensor | None
     candidates: Tensor
     chosen: Tensor
 
@@ -60,6 +60,5 @@ class Aux:
         names = [n.removeprefix(ROUTE).rsplit(".", 1)[0] for n in self.taps if n.startswith(ROUTE)]
         for name in dict.fromkeys(names):
             loop, number = name.rsplit(".", 1)
-            tapped = (self.taps[f"{ROUTE}{name}.{what}"] for what in ("logit", "candidates", "chosen"))
-            logit, *sets = tapped
-            yield Route(loop, int(number), logit, *(s.mask for s in sets))
+            sets = (self.taps[f"{ROUTE}{name}.{what}"].mask for what in ("candidates", "chosen"))
+            yield Route(loop, int(number), self.taps.get(f"{ROUTE}{name}.logit"), *sets)

@@ -159,7 +159,7 @@ class Evaluator:
         body = op.body if isinstance(op, Segment) else self.program.blocks[op.block].body
         consts = op.consts if isinstance(op, Call) else ()
         params = [self.param(indexed(name, indices)) for name in op.params]
-        reads = [_data(values[r]) for r in op.reads]
+        reads = [as_data(values[r]) for r in op.reads]
         inputs = body.arrange(reads, params, consts, training=self.training, device=self.device)
         grad = not isinstance(op, Call) or op.grad is None or bool(sizes.evaluate(op.grad, indices))
         with torch.set_grad_enabled(grad and torch.is_grad_enabled()), precision(op, self.device):
@@ -182,7 +182,7 @@ def precision(op: Op, device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _data(value: Any) -> Any:
+def as_data(value: Any) -> Any:
     """A value as a body reads it: a token set is its mask."""
     return value.mask if isinstance(value, TokenSet) else value
 

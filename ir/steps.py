@@ -13,7 +13,7 @@ from depthc.ir import sizes
 from depthc.ir.axes.caches import Cached, cached_of
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import IncrementalError
-from depthc.ir.evaluate import Evaluator, WeightParams, indexed, precision
+from depthc.ir.evaluate import Evaluator, WeightParams, as_data, indexed, precision
 from depthc.ir.plans import Kind, Plan, as_block, kinds_of, token_dim
 from depthc.ir.program import Block, Call, Kv, Loop, Merge, On, Op, Program, Segment, Select
 from depthc.ir.regions import settled
@@ -91,7 +91,7 @@ class Steps:
             self._keep(op, site, indices)
             return
         with precision(op, self.device):
-            results = self._run(op, block, rows, [self.values[r] for r in sides], here, site, indices)
+            results = self._run(op, block, rows, [as_data(self.values[r]) for r in sides], here, site, indices)
         self.values.update(zip(op.writes, results, strict=True))
 
     def _run(
@@ -216,7 +216,7 @@ class Steps:
 
     def _rows_of(self, name: str, block: Block) -> Tensor:
         """The rows of the new tokens; where the layers begin they are cut from the full value."""
-        value: Tensor = self.values[name]
+        value: Tensor = as_data(self.values[name])
         if self.kinds[name] == "rows":
             return value
         dim = token_dim(block)

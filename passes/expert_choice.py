@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from depthc.ir.masks.documents import Documents
-from depthc.ir.masks.padding import Padding
 from depthc.ir.names import Names
 from depthc.ir.params import STEP, Init, Param
-from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Segment, Select, Tap
+from depthc.ir.program import Loop, Merge, Op, Segment, Select, Tap
 from depthc.ir.types import Type
-from depthc.passes.glue import Glue, aten, wide
-from depthc.passes.routing_glue import combine, document_ids, membership_loss, router, router_shapes, z_loss
+from depthc.passes.glue import wide
+from depthc.passes.recursion import Recursion
+from depthc.passes.routing_glue import combine, membership_loss, router, router_shapes, z_loss
+from depthc.passes.subsets import Candidates
 
 if TYPE_CHECKING:
     from depthc.passes.route import Route
@@ -28,73 +27,60 @@ class ExpertChoice:
 
     Attributes:
         route: the pass, with its options.
-        old: the loop as it is, over `calls`.
-        ports: how many attention ports each block has.
-        stream: the type of the hidden states.
+        recursion: the loop as it is.
+        candidates: the real tokens, which all sets are subsets of.
         names: makes new names.
-        documents: where tokens are chosen within each document.
     """
 
     route: Route
-    old: Loop
-    calls: Sequence[Call]
-    ports: dict[str, int]
-    stream: Type
+    recursion: Recursion
     capacities: tuple[float, ...]
+    candidates: Candidates
     names: Names
-    documents: Documents | None = None
-
-    @property
-    def h(self) -> str:
-        return self.calls[0].writes[0]
 
     @cached_property
     def _made(self) -> dict[str, str]:
-        return {n: self.names.new(n) for n in ("real", "active", "chosen", "y", "logit", "judge", "document")}
+        return {n: self.names.new(n) for n in ("active", "chosen", "y", "logit", "judge")}
 
-    def before(self, padding: Sequence[Padding]) -> list[Op]:
-        """The set of all real tokens, which all others are subsets of."""
-        real, active = self._made["real"], self._made["active"]
-        ops: list[Op] = []
-        for number, found in enumerate(padding):
-            score = found.argument
-            if not found.on:
-                score = self.names.new("is_token")
-                g = Glue()
-                body = g.body(g.op(aten.eq.Scalar, g.value("mask", found.type), 0))
-                ops.append(Segment("is_token", body, (found.argument,), (score,)))
-            ops.append(Select(real, "threshold(0)", score, real if number else None))
-        ops = ops or [Select(real, "all", self.h)]
-        if self.documents is not None:
-            body = document_ids(self.documents.type, self.documents.counting)
-            ops.append(Segment("documents", body, (self.documents.argument,), (self._made["document"],)))
-        return [*ops, Select(active, "all", among=real)]
+    @property
+    def _index(self) -> str:
+        return self.recursion.loop.index
 
-    def loop(self) -> Loop:
+    @property
+    def _stream(self) -> Type:
+        return self.recursion.stream
+
+    def ops(self) -> list[Op]:
+        """All real tokens are candidates of the first recursion; then the loop."""
+        return [Select(self._made["active"], "all", among=self.candidates.real), self._loop()]
+
+    def _loop(self) -> Loop:
         """One recursion: select, run on the chosen tokens, merge, and say how well the router foretold it."""
-        made, index = self._made, self.old.index
-        body = combine(self.route.combine, self.stream, self.route.gate, self.route.alpha)
+        made, h = self._made, self.recursion.h
+        body = combine(self.route.combine, self._stream, self.route.gate, self.route.alpha)
         scored = body is not None and len(body.inputs_of("value")) == 3
         ops: list[Op] = [
             self._router("router", made["logit"]),
             *([self._router("judge", made["judge"], apart=True)] if self.route.auxiliary else []),
             self._select(),
-            On(made["chosen"], self._reads(), (made["y"],), tuple(self._layers())),
-            Merge(self.h, self.h, made["y"], made["chosen"], body, (made["logit"],) if scored else ()),
-            *self._taps(f"{index}.{{{index}}}"),
+            self.recursion.on(made["chosen"], made["y"]),
+            Merge(h, h, made["y"], made["chosen"], body, (made["logit"],) if scored else ()),
+            *self._taps(f"{self._index}.{{{self._index}}}"),
             Select(made["active"], "all", among=made["chosen"]),
         ]
-        return replace(self.old, body=tuple(ops))
+        return replace(self.recursion.loop, body=tuple(ops))
 
     def _router(self, name: str, write: str, apart: bool = False) -> Segment:
-        body = router(self.stream, self.route.router, self.route.temperature, apart)
-        index = self.old.index
-        weights = [f"depth.{index}.{{{index}}}.{name}.{slot}" for slot in router_shapes(self.route.router, self.stream)]
-        return Segment(name, body, (self.h,), (write,), tuple(weights), precise=self.route.router != "linear")
+        body = router(self._stream, self.route.router, self.route.temperature, apart)
+        index = self._index
+        weights = [
+            f"depth.{index}.{{{index}}}.{name}.{slot}" for slot in router_shapes(self.route.router, self._stream)
+        ]
+        return Segment(name, body, (self.recursion.h,), (write,), tuple(weights), precise=self.route.router != "linear")
 
     def _select(self) -> Select:
         """The best in training; in inference those above zero, as the router or the auxiliary router says."""
-        made, index = self._made, self.old.index
+        made, index = self._made, self._index
         warmup = f", warmup={self.route.warmup}" if self.route.warmup else ""
         floor = ", ".join("-inf" if c == 1 else "0.0" for c in self.capacities)
         return Select(
@@ -102,29 +88,11 @@ class ExpertChoice:
             f"topk({list(self.capacities)}[{index}]{warmup})",
             made["logit"],
             made["active"],
-            made["real"],
+            self.candidates.real,
             f"threshold([{floor}][{index}])",
             made["judge"] if self.route.auxiliary else None,
-            made["document"] if self.documents is not None else None,
+            self.candidates.document,
         )
-
-    def _reads(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for call in self.calls for name in call.reads))
-
-    def _layers(self) -> list[Op]:
-        """The layers on the rows of the chosen tokens."""
-        ops: list[Op] = []
-        y = self._made["y"]
-        for number, call in enumerate(self.calls):
-            reads = (self.h if not number else y, *call.reads[1:])
-            ops.append(replace(call, reads=reads, writes=(y,), kv=self._kv(number, call)))
-        return ops
-
-    def _kv(self, number: int, call: Call) -> tuple[Kv, ...]:
-        if self.route.kv == "recursion":
-            return ()
-        mode = "share" if self.route.kv == "share_first" else "overlay"
-        return tuple(Kv(mode, f"{self.old.index}.{number}.{port}") for port in range(self.ports[call.block]))  # type: ignore[arg-type]
 
     def _taps(self, at: str) -> list[Op]:
         """The route, and the losses that this recursion adds."""
@@ -141,7 +109,7 @@ class ExpertChoice:
         for name, function, body, weight, reads in losses:
             if weight:
                 write = self.names.new("loss")
-                ops += [Segment(function, body(self.stream, weight), reads, (write,)), Tap(f"loss.{at}.{name}", write)]
+                ops += [Segment(function, body(self._stream, weight), reads, (write,)), Tap(f"loss.{at}.{name}", write)]
         return ops
 
     def params(self, seed: int) -> dict[str, Param]:
@@ -151,9 +119,9 @@ class ExpertChoice:
         steps = {STEP: Param(count, "buffer", Init(count, "zeros"))} if self.route.warmup else {}
         law = f"normal({self.route.std})" if self.route.std else "zeros"
         for name in ("router", "judge") if self.route.auxiliary else ("router",):
-            for slot, shape in router_shapes(self.route.router, self.stream).items():
-                type = Type(wide(self.stream.dtype), shape)
+            for slot, shape in router_shapes(self.route.router, self._stream).items():
+                type = Type(wide(self._stream.dtype), shape)
                 for r in range(len(self.capacities)):
-                    own = f"depth.{self.old.index}.{r}.{name}.{slot}"
+                    own = f"depth.{self._index}.{r}.{name}.{slot}"
                     made[own] = Param(type, expr=Init(type, law, seed + len(made)))
         return made | steps

@@ -11,6 +11,7 @@ from depthc.passes.mod import Mod
 from depthc.passes.recipe import Recipe
 from depthc.passes.route import Route
 from depthc.passes.tie import Tie
+from depthc.passes.tokenchoice import TokenChoice
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -19,6 +20,7 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe((Loop(),), "roll"),
         Recipe((Tie(loops=0, sharing="cycle"),), "albert"),
         Recipe((Tie(loops=3, sharing="middle_cycle"), Route()), "mor"),
+        Recipe((Tie(loops=3, sharing="middle_cycle"), TokenChoice()), "mor_token"),
         Recipe((Mod(),), "mod"),
     )
 }

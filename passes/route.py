@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from depthc.ir.axes.analysis import analyse
-from depthc.ir.axes.ports import ports_of
-from depthc.ir.errors import SubsetError
-from depthc.ir.masks.documents import Documents, documents_of
-from depthc.ir.masks.padding import padding_of
 from depthc.ir.names import Names
-from depthc.ir.program import Call, Loop, Program, Stack
-from depthc.ir.types import Type
+from depthc.ir.program import Loop, Program
 from depthc.passes.base import Pass
 from depthc.passes.expert_choice import ExpertChoice
 from depthc.passes.layers import names_in, stack_of, with_stack
+from depthc.passes.recursion import KEYS, recursion_of
 from depthc.passes.routing_glue import COMBINES, GATES, ROUTERS
+from depthc.passes.subsets import candidates_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ class Route(Pass):
     def __post_init__(self) -> None:
         self.require_one_of("combine", COMBINES)
         self.require_one_of("gate", GATES)
-        self.require_one_of("kv", ("recursion", "share_first", "update"))
+        self.require_one_of("kv", KEYS)
         self.require_one_of("per", ("row", "document"))
         self.require_one_of("router", ROUTERS)
         self.require_whole("warmup", 0)
@@ -93,43 +88,13 @@ class Route(Pass):
     def apply(self, program: Program) -> Program:
         """The routed program."""
         stack = stack_of(self, program, self.stack)
-        loop = self._loop(stack)
-        calls = self._calls(program, loop)
-        stream = self._stream(program, calls)
-        capacities = self._capacities(loop)
-        ports = {c.block: len(ports_of(program.blocks[c.block])) for c in calls}
-        documents = self._documents(program, calls)
-        build = ExpertChoice(self, loop, calls, ports, stream, capacities, Names(names_in(program)), documents)
-        routed = [*build.before(padding_of(program, calls)), build.loop()]
-        at = stack.ops.index(loop)
+        recursion = recursion_of(self, program, stack, self.loop, self.kv)
+        capacities, names = self._capacities(recursion.loop), Names(names_in(program))
+        candidates = candidates_of(self, program, recursion.calls, names, self.per)
+        build = ExpertChoice(self, recursion, capacities, candidates, names)
         params = {**program.params, **build.params(self.seed)}
-        return replace(with_stack(program, stack, (*stack.ops[:at], *routed, *stack.ops[at + 1 :])), params=params)
-
-    def _loop(self, stack: Stack) -> Loop:
-        loops = [op for op in stack.ops if isinstance(op, Loop) and self.loop in (None, op.index)]
-        if len(loops) != 1:
-            known = ", ".join(op.index for op in stack.ops if isinstance(op, Loop))
-            self._require_stream(stack)
-            raise self.refuse(
-                f"the stack {stack.name!r} has {'no' if not loops else 'more than one'} loop to route",
-                expected="one loop over shared layers" if not loops else f"one of {known}",
-                found=known or "layers of their own",
-                remedy='tie the layers first: tie(sharing="middle_cycle") | route()' if not loops else "name the loop",
-            )
-        return loops[0]
-
-    def _require_stream(self, stack: Stack) -> None:
-        """Refuse layers of which one writes another name: what it computes is read elsewhere too, so none is a loop."""
-        layers = [op for op in stack.ops if isinstance(op, Call)]
-        other = next((layer for layer in layers if layer.writes != layers[-1].writes), None)
-        if other is not None:
-            raise self.refuse(
-                f"the layers of the stack {stack.name!r} form no loop",
-                where=other.layer,
-                expected="layers whose results the next layer alone reads",
-                found=f"{', '.join(other.writes)} is read behind the next layer as well",
-                remedy="route a model that does not return or skip to what its inner layers compute",
-            )
+        routed = [*candidates.ops, *build.ops()]
+        return replace(with_stack(program, stack, recursion.replaced(stack, routed)), params=params)
 
     def _capacities(self, loop: Loop) -> tuple[float, ...]:
         count = loop.count
@@ -148,59 +113,3 @@ class Route(Pass):
                 remedy='begin with 1.0, or use kv="recursion"',
             )
         return capacities
-
-    def _calls(self, program: Program, loop: Loop) -> list[Call]:
-        """The layers of the loop, each of which runs on a subset of its tokens."""
-        calls = [op for op in loop.body if isinstance(op, Call)]
-        if len(calls) < len(loop.body) or any(c.kv or len(c.writes) != 1 or c.writes != c.reads[:1] for c in calls):
-            raise self.refuse(
-                "the loop holds more than layers that pass one stream on",
-                expected="applications of blocks with one result",
-                found=", ".join(type(op).__name__.lower() for op in loop.body),
-                remedy="route a loop that tie or loop made, once",
-            )
-        for call in calls:
-            axes = analyse(program.blocks[call.block])
-            try:
-                axes.require_legal()
-            except SubsetError as error:
-                raise self.refuse(
-                    error.what,
-                    where=", ".join(filter(None, (call.layer or call.block, error.where))),
-                    expected=error.expected,
-                    found="; ".join(dict.fromkeys(f"{r.op}: {r.reason}" for r in axes.refusals)),
-                    remedy="tie without route, or route layers that mix tokens by attention alone",
-                ) from error
-            if self.kv != "recursion" and any("{" in p for p in call.params):
-                remedy = 'tie everything (norms="tied"), or use kv="recursion"'
-                raise self.refuse(f'kv="{self.kv}" needs layers that are tied in all parameters', remedy=remedy)
-        return calls
-
-    def _documents(self, program: Program, calls: Sequence[Call]) -> Documents | None:
-        """What divides rows into documents, if tokens are chosen within each."""
-        if self.per == "row":
-            return None
-        found = documents_of(program, calls)
-        if len(found) != 1:
-            raise self.refuse(
-                'per="document" needs a model whose masks keep documents apart',
-                where=calls[0].layer,
-                expected="one argument with an entry a token: the ids of documents, or positions that begin anew",
-                found=", ".join(d.argument for d in found) or "no such argument",
-                remedy='capture the model with packed rows and that argument, or use per="row"',
-            )
-        return found[0]
-
-    def _stream(self, program: Program, calls: Sequence[Call]) -> Type:
-        """The type of the hidden states: [batch, tokens, features]."""
-        node = program.blocks[calls[0].block].body.placeholders_of("value")[0]
-        axes, type = analyse(program.blocks[calls[0].block]), node.meta["input"].type
-        if axes.labels[node][:2] != ((axes.batch,), (axes.token,)) or len(type.shape) != 3:
-            raise self.refuse(
-                "the hidden states have another layout",
-                where=calls[0].layer,
-                expected="[batch, tokens, features]",
-                found=str(type),
-                remedy="route a stack whose layers pass on such a value",
-            )
-        return type

@@ -37,7 +37,7 @@ class Report:
             recursion of a token that took d of them was recursion d - 1.
         candidates: [recursions]: tokens that a recursion could choose.
         chosen: [recursions]: tokens that it chose.
-        foretold: [recursions]: candidates for which (logit > 0) == chosen.
+        foretold: [recursions]: candidates for which (logit > 0) == chosen; nan where tokens choose their depth at once.
         bits: [recursions]: the sum over the candidates of the binary entropy of sigmoid(logit).
 
     Example:
@@ -57,7 +57,7 @@ class Report:
     tokens_per_depth: tuple[int, ...]
     candidates: tuple[int, ...]
     chosen: tuple[int, ...]
-    foretold: tuple[int, ...]
+    foretold: tuple[float, ...]
     bits: tuple[float, ...]
 
     @property
@@ -185,8 +185,10 @@ def combine(reports: Iterable[Report]) -> Report:
     return Report(every[0].loop, sum(one.tokens for one in every), **totals)  # type: ignore[arg-type]
 
 
-def _counts(route: Route) -> tuple[int, int, int, float]:
-    """Of one recursion: candidates, chosen, foretold, bits."""
+def _counts(route: Route) -> tuple[int, int, float, float]:
+    """Of one recursion: candidates, chosen, foretold, bits; nan where nothing foretells them."""
+    if route.logit is None:
+        return int(route.candidates.sum()), int(route.chosen.sum()), math.nan, math.nan
     # What lies under padding may be anything, NaN as well.
     logit = route.logit.detach()[route.candidates].cpu().double()
     chosen = route.chosen[route.candidates].cpu()
