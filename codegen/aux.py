@@ -14,11 +14,11 @@ LOSS, ROUTE = "loss.", "route."
 
 @dataclass(frozen=True)
 class Route:
-    """What one recursion of a routed loop chose.
+    """What one recursion of a routed loop chose, or one layer that chooses tokens by itself.
 
     Attributes:
-        loop, recursion: the loop's index and its value.
-        logit: [batch, tokens], of the router that decides in inference; None where tokens choose their depth at once.
+        loop, recursion: the loop's index and its value; of such layers "mod" or "keep", and the layer's number.
+        logit: [batch, tokens], of the router that decides in inference; None where none decides token by token.
         candidates, chosen: bool[batch, tokens].
     """
 
@@ -53,7 +53,7 @@ class Aux:
 
     @property
     def routes(self) -> tuple[Route, ...]:
-        """The choices of every recursion of every routed loop, in order."""
+        """The choices of every recursion of every routed loop, and of every layer that chooses, in order."""
         return tuple(self._routes())
 
     def _routes(self) -> Iterator[Route]:

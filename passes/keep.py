@@ -107,15 +107,16 @@ class _Layer:
 
     def ops(self, number: int, call: Call, among: str) -> Iterator[Op]:
         """Score, select, run on the chosen tokens, merge, and expose the choice."""
-        one, stream = self.one, stream_of(self.program, call)
+        one, stream, at = self.one, stream_of(self.program, call), f"{self.group}.{number}"
         read, body = self._score(call, stream)
         later = None if one.threshold is None else f"threshold({float(one.threshold)})"
         yield Segment("score", body, (read,), (self.score,))
+        yield Tap(f"route.{at}.candidates", among)
         rule, of, within = f"topk({one.capacities[number]})", self.candidates.real, self.candidates.document
         yield Select(self.chosen, rule, self.score, among, of, later, within=within)
         yield from on_chosen(call, stream, self.chosen, self.y, self.names)
-        yield Tap(f"{self.group}.{number}.score", self.score)
-        yield Tap(f"{self.group}.{number}.chosen", self.chosen)
+        yield Tap(f"route.{at}.chosen", self.chosen)
+        yield Tap(f"score.{at}", self.score)
 
     def _score(self, call: Call, stream: Type) -> tuple[str, Body]:
         """What a score reads, and how it is computed: [batch, tokens]."""

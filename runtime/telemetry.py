@@ -6,7 +6,7 @@ Everything is counted over *real* tokens: those that were a candidate of some re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -118,16 +118,16 @@ class Report:
 
 
 def depth_of(aux: Aux, loop: str | None = None) -> Tensor:
-    """How many recursions every token took: int64[batch, tokens].
+    """How many recursions every token took, or how many layers that choose tokens: int64[batch, tokens].
 
-    0 for padding, which is never a candidate, and for a real token that no recursion chose.
+    0 for padding, which is never a candidate, and for a real token that none chose.
 
     Args:
         aux: what `forward_with_aux` gives beside the output.
         loop: the loop's index; needed if several loops route.
 
     Raises:
-        InputError: no loop routes, there is no such loop, or several and none is named; choices that are not nested.
+        InputError: no loop routes, there is no such loop, or several and none is named.
 
     Example:
         >>> from depthc.ir.tokens import TokenSet
@@ -142,6 +142,8 @@ def depth_of(aux: Aux, loop: str | None = None) -> Tensor:
 def report(aux: Aux, loop: str | None = None) -> Report:
     """The report on one forward; see `depth_of` for arguments and errors.
 
+    It is about nested choices, as those of recursions are; an InputError refuses others.
+
     Example:
         >>> from depthc.ir.tokens import TokenSet
         >>> everyone = TokenSet(torch.ones(1, 2).bool())
@@ -150,6 +152,7 @@ def report(aux: Aux, loop: str | None = None) -> Report:
         (0.5,)
     """
     routes = _routes(aux, loop)
+    _require_nested(routes)
     real = torch.stack([route.candidates for route in routes]).any(0)
     depths = torch.bincount(depth_of(aux, loop)[real], minlength=len(routes) + 1)
     counts = [_counts(route) for route in routes]
@@ -216,15 +219,17 @@ def _routes(aux: Aux, loop: str | None) -> list[Route]:
             found="no name" if loop is None else loop,
             remedy=f"name the loop: loop={known[0]!r}",
         )
-    routes = sorted((route for route in found if route.loop == (loop or known[0])), key=lambda route: route.recursion)
+    return sorted((route for route in found if route.loop == (loop or known[0])), key=lambda route: route.recursion)
+
+
+def _require_nested(routes: Sequence[Route]) -> None:
     for before, after in pairwise(routes):
         if bool((after.chosen & ~before.chosen).any()):
             raise InputError(
                 f"recursion {after.recursion} of loop {after.loop} chose a token that the one before did not",
                 expected="nested choices",
-                remedy="count the choices of aux.routes yourself: a depth says too little about them",
+                remedy="use depth_of, or count the choices of aux.routes yourself",
             )
-    return routes
 
 
 def _share(part: float, whole: float) -> float:

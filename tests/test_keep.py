@@ -18,6 +18,7 @@ from depthc.ir.evaluate import run
 from depthc.passes.keep import Keep
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
+from depthc.runtime.telemetry import report
 
 from .models import Spec, Stacked, ids, seeded
 from .routed import (
@@ -76,10 +77,13 @@ def agree(case: Case) -> None:
         expected = oracle.route(math, case.settings, case.scorers(), case.inputs, case.real, case.documents)
     logits, aux = forward(case.compiled, case.inputs, case.causal)
     assert (logits[case.real] - expected.logits[case.real]).abs().max() < FORWARD
-    for number, chosen in zip(case.settings.routed, expected.selected, strict=True):
-        assert torch.equal(aux.taps[f"keep.{number}.chosen"].mask, chosen)
+    assert [(route.loop, route.recursion) for route in aux.routes] == [("keep", n) for n in case.settings.routed]
+    candidates = case.real
+    for route, chosen in zip(aux.routes, expected.selected, strict=True):
+        assert torch.equal(route.chosen, chosen)
+        assert torch.equal(route.candidates, candidates)
+        candidates = chosen if case.settings.nested else case.real
     assert aux.loss is None
-    assert not aux.routes
     shared = {n: p for n, p in case.model.named_parameters() if p.requires_grad}
     found, wanted = scalar(logits, case.real), scalar(expected.logits, case.real)
     assert_same_gradients(found, shared, wanted, list(shared.values()))
@@ -139,6 +143,15 @@ def test_all_tokens_is_the_program_itself() -> None:
     assert not lower(Case("llama").program).new_parameters()
 
 
+def test_telemetry_of_nested_choices() -> None:
+    case = Case("llama", "padded", nested=True)
+    found = report(forward(case.compiled, case.inputs, False)[1])
+    assert found.tokens == case.real.sum()
+    assert sum(depth * count for depth, count in enumerate(found.tokens_per_depth)) == sum(found.chosen)
+    assert "mean depth" in str(found)
+    assert forward(case.compiled, case.inputs, False)[1].taps["score.keep.2"].shape == case.real.shape
+
+
 def test_rows_that_reach_every_product() -> None:
     case = Case("llama")
     forward(case.compiled, case.inputs, False)  # what is traced is not counted
@@ -173,7 +186,7 @@ def test_token_by_token_is_the_whole_sequence(kind: str) -> None:
         whole, aux = forward(case.compiled, case.inputs, True)
     parts, past = stepped(kind, case.compiled.program, case.inputs)
     assert (parts - whole)[case.real].abs().max() < FORWARD
-    lengths = [int(tokens.mask.sum(1).max()) for name, tokens in aux.taps.items() if name.endswith("chosen")]
+    lengths = [int(route.chosen.sum(1).max()) for route in aux.routes]
     counts = [*filter(None, lengths), *[9] * (8 - len(lengths))]  # where there is no token, there is no cache
     assert sorted(kept.keys.count for kept in past.caches.values()) == sorted(counts)
 
@@ -193,9 +206,9 @@ def test_an_argument_that_the_model_does_not_read() -> None:
     model, importance = seeded(Weighed), torch.tensor([[5, 1, 4, 2, 3], [1, 2, 3, 4, 5]])
     keep = Keep((0.4, 1.0), score="importance")
     compiled = depthc.compile(model, keep, args=(ids(), importance)).train()
-    chosen = compiled.forward_with_aux(ids(), importance)[1].taps["keep.0.chosen"].mask
+    chosen = compiled.forward_with_aux(ids(), importance)[1].routes[0].chosen
     assert chosen.tolist() == [[True, False, True, False, False], [False, False, False, True, True]]
-    chosen = compiled.forward_with_aux(ids(1, 3), torch.tensor([[3, 9, 1]]))[1].taps["keep.0.chosen"].mask
+    chosen = compiled.forward_with_aux(ids(1, 3), torch.tensor([[3, 9, 1]]))[1].routes[0].chosen
     assert chosen.tolist() == [[False, True, False]]
 
 

@@ -23,7 +23,7 @@ from depthc.passes.glue import Glue, aten
 from depthc.passes.mod import Mod
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
-from depthc.runtime.telemetry import report
+from depthc.runtime.telemetry import depth_of, report
 
 from .models import Attention, Spec, Stacked, ids, seeded
 from .routed import (
@@ -176,9 +176,10 @@ def test_no_gradient_passes_a_predictor() -> None:
 
 
 def test_every_layer_chooses_anew() -> None:
-    """A token that one layer left out is chosen by a later one; telemetry of nested recursions says so."""
+    """A token that one layer left out is chosen by a later one: depths count layers, a report of recursions refuses."""
     _, aux = Case("llama", capacity=0.3).found()
     assert any((b.chosen & ~a.chosen).any() for a, b in zip(aux.routes, aux.routes[1:], strict=False))
+    assert torch.equal(depth_of(aux), sum(route.chosen.long() for route in aux.routes))
     with pytest.raises(InputError, match="loop mod chose a token") as caught:
         report(aux)
     assert "aux.routes" in caught.value.remedy
