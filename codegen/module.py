@@ -127,11 +127,11 @@ class DepthModule(Checkpointing, nn.Module):
         self._rows = RowsLowering(inner)
 
     def set_step(self, step: int) -> None:
-        """Say how many optimizer steps were taken, for capacities that warm up; it is saved with the parameters.
+        """Say how many optimizer steps were taken, for what warms up; it is saved with the parameters.
 
         A program without a schedule takes no notice.
         """
-        if self._warmups:
+        if STEP in self._owners:
             self.parameter_of(STEP).fill_(step)
             self._read_step()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from depthc.ir import sizes
 from depthc.ir.body import Body, interpret
 from depthc.ir.errors import InputError
-from depthc.ir.params import value_of
+from depthc.ir.params import STEP, value_of
 from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.rows.run import run_rows
 from depthc.ir.selection import select
@@ -45,9 +46,16 @@ def run(
             remedy="capture again in the mode that you run",
         )
     tensors = program.signature.flatten(args, kwargs)
-    evaluator = Evaluator(program, WeightParams(program), device_of(tensors), training, step=step)
+    param: Callable[[str], Tensor] = WeightParams(program)
+    if step is not None:
+        param = partial(_at_step, param, torch.tensor(step))
+    evaluator = Evaluator(program, param, device_of(tensors), training, step=step)
     values = evaluator.run(program.body, dict(tensors), program.signature.size_values(tensors))
     return program.signature.unflatten(values)
+
+
+def _at_step(param: Callable[[str], Tensor], step: Tensor, name: str) -> Tensor:
+    return step if name == STEP else param(name)
 
 
 class WeightParams:

@@ -115,6 +115,12 @@ class Param:
     expr: Expr | None = None
 
 
+def steps_taken() -> dict[str, Param]:
+    """The buffer that a schedule reads: no optimizer step was taken yet."""
+    count = Type(torch.int64, ())
+    return {STEP: Param(count, "buffer", Init(count, "zeros"))}
+
+
 def value_of(name: str, param: Param, weights: Mapping[str, Tensor]) -> Tensor:
     """The tensor of a parameter, from the weights of the captured model."""
     return (param.expr or Ref(name)).evaluate(weights)

@@ -41,16 +41,23 @@ def shares(stream: Type, count: int, gate: str, alpha: float | None) -> Body:
     return g.body(pi if weight == 1 else g.op(aten.mul.Tensor, pi, weight))
 
 
-def depth(stream: Type, count: int, biased: bool) -> Body:
-    """d = argmax(pi + bias), ties to the lower depth, as a float that is NaN where a share is; and pi_d."""
+def depth(stream: Type, count: int, biased: bool, warmup: int) -> Body:
+    """d = argmax(pi + bias), ties to the lower depth, as a float that is NaN where a share is; and pi_d.
+
+    With a warm-up d is N - 1 in the first optimizer steps of training; a third result says whether that is so.
+    """
     g, dtype = Glue(), wide(stream.dtype)
     pi = g.value("pi", Type(dtype, (*stream.shape[:2], count)))
     ranked = g.op(aten.add.Tensor, pi, g.param("bias", Type(dtype, (count,)))) if biased else pi
-    best = g.op(aten.argmax.default, ranked, -1, True)
+    best, imposed = g.op(aten.argmax.default, ranked, -1, True), []
+    if warmup:
+        early = g.op(aten.lt.Scalar, g.param("step", Type(torch.int64, ())), warmup)
+        imposed = [g.op(aten.mul.Scalar, early, g.env("training"))]
+        best = g.op(aten.where.ScalarSelf, imposed[0], count - 1, best)
     share = g.op(aten.squeeze.dim, g.op(aten.gather.default, pi, -1, best), -1)
     number = g.op(aten.to.dtype, g.op(aten.squeeze.dim, best, -1), dtype)
     bad = g.op(aten.mul.Tensor, g.op(aten.detach.default, g.op(aten.sum.dim_IntList, pi, [-1])), 0.0)
-    return g.body(g.op(aten.add.Tensor, number, bad), share)
+    return g.body(g.op(aten.add.Tensor, number, bad), share, *imposed)
 
 
 def leave(stream: Type, kind: str | None) -> Body:

@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
-
 from depthc.ir.names import Names
-from depthc.ir.params import STEP, Init, Param
+from depthc.ir.params import Init, Param, steps_taken
 from depthc.ir.program import Loop, Merge, Op, Segment, Select, Tap
 from depthc.ir.types import Type
 from depthc.passes.glue import wide
@@ -115,8 +113,6 @@ class ExpertChoice:
     def params(self, seed: int) -> dict[str, Param]:
         """The routers of every recursion, and their auxiliary ones."""
         made: dict[str, Param] = {}
-        count = Type(torch.int64, ())
-        steps = {STEP: Param(count, "buffer", Init(count, "zeros"))} if self.route.warmup else {}
         law = f"normal({self.route.std})" if self.route.std else "zeros"
         for name in ("router", "judge") if self.route.auxiliary else ("router",):
             for slot, shape in router_shapes(self.route.router, self._stream).items():
@@ -124,4 +120,4 @@ class ExpertChoice:
                 for r in range(len(self.capacities)):
                     own = f"depth.{self._index}.{r}.{name}.{slot}"
                     made[own] = Param(type, expr=Init(type, law, seed + len(made)))
-        return made | steps
+        return made | (steps_taken() if self.route.warmup else {})

@@ -34,6 +34,10 @@ class Glue:
         """A parameter slot."""
         return self._input(Input(name, "param", type))
 
+    def env(self, name: str) -> fx.Node:
+        """An input of the environment: `training` or `device`."""
+        return self._input(Input(name, "env"))
+
     def _input(self, input: Input) -> fx.Node:
         node = self.graph.placeholder(input.name.replace(".", "_"))
         node.meta["input"] = input

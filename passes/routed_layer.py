@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
-
 from depthc.ir.body import Body
 from depthc.ir.names import Names
-from depthc.ir.params import STEP, Init, Param
+from depthc.ir.params import Init, Param, steps_taken
 from depthc.ir.program import Call, Op, Segment, Select, Tap
 from depthc.ir.types import Type
 from depthc.passes.glue import Glue, aten, wide
@@ -73,12 +71,12 @@ class RoutedLayer:
 
     def params(self, number: int, stream: Type) -> dict[str, Param]:
         """The router, the predictor, and the steps of the warm-up."""
-        law, step = f"normal({self.mod.std})" if self.mod.std else "zeros", Type(torch.int64, ())
+        law = f"normal({self.mod.std})" if self.mod.std else "zeros"
         width: int = stream.shape[2]  # type: ignore[assignment]
         shapes: dict[str, tuple[int, ...]] = {"router": (width,)}
         if self.mod.predictor:
             shapes |= {"predictor.up": (hidden(width), width), "predictor.down": (hidden(width),)}
-        made = {STEP: Param(step, "buffer", Init(step, "zeros"))} if self.mod.warmup else {}
+        made = steps_taken() if self.mod.warmup else {}
         for seed, (name, shape) in enumerate(shapes.items(), self.mod.seed + number * len(shapes)):
             type = Type(wide(stream.dtype), shape)
             made[f"depth.{self.group}.{number}.{name}.weight"] = Param(type, expr=Init(type, law, seed))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from depthc.ir.names import Names
-from depthc.ir.params import Init, Param
+from depthc.ir.params import STEP, Init, Param, steps_taken
 from depthc.ir.program import Merge, Op, Program, Segment, Select, Tap
 from depthc.ir.types import Type
 from depthc.passes.base import Pass
@@ -34,6 +34,7 @@ class TokenChoice(Pass):
         router: "linear" (D to N), or "mlp" (D to 2D, GELU, to N).
         balance: the weight of N sum f_i P_i: the fraction of tokens at each depth times its mean share.
         bias: whether a bias [N] counts in the choice alone, which `runtime.balance.update` moves instead of a loss.
+        bal_warmup: optimizer steps of training in which everyone goes to full depth. See `DepthModule.set_step`.
         z_loss: the weight of mean(logsumexp(logits)^2).
         temperature: what the router divides its input by.
         std, seed: of the router's normal initial values.
@@ -55,6 +56,7 @@ class TokenChoice(Pass):
     router: str = "linear"
     balance: float = 0.1
     bias: bool = False
+    bal_warmup: int = 0
     z_loss: float = 0.0
     temperature: float = 1.0
     std: float = 0.02
@@ -68,6 +70,7 @@ class TokenChoice(Pass):
         self.require_one_of("kv", KEYS)
         self.require_one_of("router", ROUTERS)
         self.require_one_of("bias", (False, True))
+        self.require_whole("bal_warmup", 0)
         for name in ("balance", "z_loss", *(() if self.alpha is None else ("alpha",))):
             self.require_weight(name)
 
@@ -108,13 +111,15 @@ class _Depths:
         """Choose a depth, go through the recursions up to it, and combine on leaving."""
         one, stream = self.one, self.stream
         scored = shares(stream, self.count, one.gate, one.alpha)
-        chosen = depth(stream, self.count, one.bias)
-        bias = (self._bias,) if one.bias else ()
+        chosen = depth(stream, self.count, one.bias, one.bal_warmup)
+        read = (*((self._bias,) if one.bias else ()), *((STEP,) if one.bal_warmup else ()))
+        imposed = (self.names.new("imposed"),) if one.bal_warmup else ()
         router = token_router(stream, one.router, self.count, one.temperature)
         return [
             Segment("router", router, (self.h,), (self.logits,), tuple(self.weights), precise=True),
             Segment("shares", scored, (self.logits,), (self.pi,)),
-            Segment("depth", chosen, (self.pi,), (self.depth, self.share), bias),
+            Segment("depth", chosen, (self.pi,), (self.depth, self.share, *imposed), read),
+            *(Tap(f"balance.{self.index}.imposed", name) for name in imposed),
             *self._losses(),
             Segment("start", leave(stream, None), (self.h,), (self.start,)),
             Select(self.active, "all", among=self.real),
@@ -159,4 +164,4 @@ class _Depths:
         if self.one.bias:
             type = Type(dtype, (self.count,))
             made[self._bias] = Param(type, "buffer", Init(type, "zeros"))
-        return made
+        return made | (steps_taken() if self.one.bal_warmup else {})

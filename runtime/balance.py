@@ -15,7 +15,8 @@ from depthc.runtime.telemetry import report
 def update(compiled: DepthModule, aux: Aux, rate: float = 1e-3, loop: str | None = None) -> None:
     """Move the bias of token choice after an optimizer step: bias_i += rate sign(mean load - load_i).
 
-    The load of a depth is the number of real tokens that chose it, on all ranks where processes train together.
+    The load of a depth is the number of real tokens that chose it, on all ranks where processes train together. While
+    a warm-up imposes the depth, nothing moves.
 
     Args:
         compiled: a module of `tokenchoice(bias=True)`.
@@ -38,6 +39,8 @@ def update(compiled: DepthModule, aux: Aux, rate: float = 1e-3, loop: str | None
             found="none",
             remedy='compile the model with "mor_token" and bias=True',
         )
+    if bool(aux.taps.get(f"balance.{found.loop}.imposed", False)):
+        return
     bias = compiled.parameter_of(name)
     load = torch.tensor(found.tokens_per_depth[1:], device=bias.device)
     if distributed.is_available() and distributed.is_initialized():

@@ -13,6 +13,7 @@ from torch import Tensor
 import depthc
 from depthc.codegen.module import DepthModule, lower
 from depthc.ir.errors import InputError, RecipeError, RoutingError
+from depthc.ir.evaluate import run
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 from depthc.runtime.balance import update
@@ -125,6 +126,24 @@ def test_the_bias_moves_towards_depths_that_few_chose() -> None:
     wanted = token.moved(case.settings, case.bias, expected.counts, 0, rate=0.01)
     torch.testing.assert_close(case.compiled.parameter_of("depth.r.bias"), wanted, rtol=1e-6, atol=0)
     assert wanted.unique().numel() > 1
+
+
+@pytest.mark.parametrize("step", [0, 49, 50])
+def test_everyone_goes_to_full_depth_in_the_first_steps_of_training(step: int) -> None:
+    case = Case("llama", "padded", bias=torch.zeros(3, dtype=torch.float64), bal_warmup=50)
+    math = oracles.math_of("llama", case.model)
+    with Wide():
+        expected = token.route(math, case.settings, case.router, case.inputs, case.real, bias=case.bias, step=step)
+        case.compiled.set_step(step)
+        out, aux = case.compiled.train().forward_with_aux(**case.inputs)
+        told = run(case.compiled.program, (), case.inputs, training=True, step=step)
+    assert (out.logits - expected.logits)[case.real].abs().max() < FORWARD
+    assert torch.equal(told.logits, out.logits)
+    assert torch.equal(depth_of(aux)[case.real] - 1, expected.depths[case.real])
+    assert (expected.counts[:2].sum() == 0) == (step < 50)
+    update(case.compiled, aux)
+    assert case.compiled.parameter_of("depth.r.bias").any() == (step == 50)
+    assert len(set(depth_of(case.found(causal=True)[1])[case.real].tolist())) > 1  # in inference they choose
 
 
 def test_there_is_a_bias_to_move_or_an_error() -> None:
