@@ -33,10 +33,10 @@ docs: $(INSTALLED)
 	$(call stage,docs,$(PY) tools/link_package.py && $(PY) -m mkdocs build --quiet --strict)
 
 tests: $(INSTALLED)
-	$(call stage,tests,$(PY) -m pytest -q -n auto -m "slow or not slow")
+	$(call stage,tests,$(PY) -m pytest -q -n auto --dist worksteal -m "slow or not slow")
 
 quick: $(INSTALLED)
-	$(call stage,quick tests,$(PY) -m pytest -q -n auto)
+	$(call stage,quick tests,$(PY) -m pytest -q -n auto --dist worksteal)
 
 demo: export OMP_WAIT_POLICY := PASSIVE  # two spinning threads crawl when another process holds a core
 demo: $(INSTALLED)
