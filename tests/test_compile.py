@@ -193,6 +193,7 @@ def test_graphs_of_tied_layers_do_not_grow_with_depth(depth: int) -> None:
     assert compiled_graphs(shallow, LENGTHS) == [first, *later]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["recursion", pytest.param("share_first", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("depth", DEEPER)
 def test_graphs_of_routed_layers_do_not_grow_with_depth(depth: int, kv: str) -> None:

@@ -55,6 +55,7 @@ def test_the_step_is_what_evaluate_is_told() -> None:
     assert not torch.equal(told, run(module.program, (ids(2, 16),), {}, training=True))
 
 
+@pytest.mark.slow
 def test_the_step_is_saved(tmp_path: Path) -> None:
     module, other = make(warmup=100).train(), make(warmup=100).train()
     module.set_step(57)
@@ -72,6 +73,7 @@ def test_a_module_without_a_schedule_takes_no_notice_of_steps() -> None:
     assert "depth.step" not in module.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_steps_of_a_stage_compile_once() -> None:
     torch.compiler.reset()

@@ -94,6 +94,7 @@ EVERY = [*OTHERS, oracles.ENCODER]
 SCORES = ["norm", "last", "input_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("score", SCORES)
 def test_scores(score: str, nested: bool) -> None:

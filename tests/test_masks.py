@@ -269,6 +269,7 @@ def test_packed_llama_has_documents() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_t5_has_biases_and_a_cross_port() -> None:
     model = transformers_model("T5Model", d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2).to("meta")
     program = depthc.capture(model, (), {"input_ids": tokens, "decoder_input_ids": tokens[:, :7]})

@@ -128,6 +128,7 @@ def test_top_k_on_other_architectures(kind: str, rows: str) -> None:
     agree(Case(kind, rows, predictor=kind == "parallel"))
 
 
+@pytest.mark.slow
 @DECIDERS
 @pytest.mark.parametrize("rows", ["full", "padded"])
 def test_threshold_is_the_oracle(rows: str, predictor: bool) -> None:
@@ -140,6 +141,7 @@ def test_threshold_on_other_architectures(kind: str) -> None:
     agree(Case(kind, "padded", causal=True, predictor=kind == "post_norm"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -169,6 +169,7 @@ def test_threshold_on_other_architectures(kind: str, kv: str, rows: str) -> None
     agree(Case(kind, rows, kv=kv, causal=True), backward=rows == "padded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combine", ["weighted", "additive", "delta", "off"])
 @pytest.mark.parametrize("gate", ["sigmoid", "tanh", "none"])
 def test_combines_and_gates(combine: str, gate: str) -> None:

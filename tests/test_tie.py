@@ -232,6 +232,7 @@ def test_kept_layers_stay_their_own(keep: tuple[int, int]) -> None:
             assert sources[keep[0] : keep[0] + count] == own
 
 
+@pytest.mark.slow
 def test_windows_that_differ_are_refused() -> None:
     model = oracles.build("hybrid", layers=6)
     with oracles.Wide(), pytest.raises(RecipeError, match="one reads") as caught:

@@ -97,6 +97,7 @@ def test_other_architectures(kind: str, kv: str) -> None:
     agree(Case(kind, "padded", kv=kv))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -154,6 +155,7 @@ def test_there_is_a_bias_to_move_or_an_error() -> None:
     assert "bias=True" in caught.value.remedy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deepest", [0, 1, 2])
 def test_everyone_may_go_to_one_depth(deepest: int) -> None:
     """Also where deeper recursions are empty."""
