@@ -101,6 +101,7 @@ def test_scores(score: str, nested: bool) -> None:
     agree(Case("llama", "padded", score=score, nested=nested))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", ["row", "document"])
 def test_packed_rows(per: str) -> None:
     """Documents do not see each other, and compete with each other or not."""
@@ -114,6 +115,7 @@ def test_other_architectures(kind: str, nested: bool) -> None:
     agree(Case(kind, "padded", nested=nested))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"threshold": 3.5}, {"threshold": 3.0, "nested": True}, {"score": "input_ids", "threshold": 8}],

@@ -202,6 +202,7 @@ def test_evaluate_is_the_module(training: bool, predictor: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True) if a is not None)
 
 
+@pytest.mark.slow
 def test_text_reads_back() -> None:
     program = Case("encoder_decoder", "padded", predictor=True).program
     assert depthc.parse(str(program), program.weights) == program
@@ -351,6 +352,7 @@ def test_after_tie_every_application_has_a_router() -> None:
     assert (forward(lower(everyone), inputs, True)[0] - expected).abs().max() < FORWARD
 
 
+@pytest.mark.slow
 def test_two_stacks_have_routers_of_their_own() -> None:
     _, program, inputs = captured("encoder_decoder", "full")
     both = run_recipe(program, recipe_of("mod(stack=0) | mod(stack=1, seed=9)", {}))[0]

@@ -217,6 +217,7 @@ def test_choosing_per_document_needs_documents() -> None:
     assert "packed" in caught.value.remedy
 
 
+@pytest.mark.slow
 def test_ties_go_to_the_lower_position() -> None:
     case = Case("llama", zero_routers=True)
     _, aux = case.found()
@@ -228,6 +229,7 @@ def test_ties_go_to_the_lower_position() -> None:
     assert all(torch.equal(r.chosen, chosen) for r, chosen in zip(aux.routes, expected.selected, strict=True))
 
 
+@pytest.mark.slow
 def test_packed_rows_choose_per_row() -> None:
     agree(Case("llama", "packed"))
 

@@ -56,6 +56,7 @@ def check(spec: Spec) -> None:
     assert_lowered(compiled, model, *args, tolerance=REORDERED[spec.dtype] if reordered else 0.0)
 
 
+@pytest.mark.slow
 @given(specs())
 @settings(max_examples=5)
 def test_random_stack(spec: Spec) -> None:

@@ -115,6 +115,7 @@ def train_by_hand(module: DepthModule, batches: list[dict[str, Tensor]]) -> None
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")  # the Trainer's newer name
 def test_trainer_is_a_loop_by_hand(tmp_path: Path) -> None:
     module = routed(llama()[1], loss=1.0, std=0.5)
