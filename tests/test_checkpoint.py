@@ -241,6 +241,7 @@ except depthc.ir.errors.CheckpointError as error:
 """
 
 
+@pytest.mark.slow
 def test_loading_where_the_model_is_not_known(model: nn.Module, program: Program, tmp_path: Path) -> None:
     module = compiled(model, program, "mor")
     save(module, tmp_path / "a")

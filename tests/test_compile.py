@@ -181,6 +181,7 @@ LENGTHS = (6, 9, 11, 14)
 DEEPER = [11, pytest.param(32, marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", DEEPER)
 def test_graphs_of_tied_layers_do_not_grow_with_depth(depth: int) -> None:
     """One a body at the first length, at most one more each, with symbolic sizes, at the second; then no more."""

@@ -27,8 +27,6 @@ from .models import Spec, Stacked, ids, seeded
 from .test_tie import smollm
 
 BATCH, LENGTH = 3, 11
-QUICK = ("llama", "parallel")
-KINDS = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in oracles.KINDS]
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "identity": ("identity", {}),
     "tie": ("tie", {}),
@@ -60,8 +58,9 @@ def counted(module: DepthModule, inputs: dict[str, Tensor]) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", oracles.KINDS)
 def test_closed_form_counts_what_runs(kind: str, recipe: str) -> None:
     program = run_recipe(captured(kind)[1], recipe_of(*RECIPES[recipe]))[0]
     module = lower(program).eval()

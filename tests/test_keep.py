@@ -140,6 +140,7 @@ def test_evaluate_is_the_module() -> None:
     assert depthc.parse(str(case.program), case.program.weights) == case.program
 
 
+@pytest.mark.slow
 def test_all_tokens_is_the_program_itself() -> None:
     _, program, _ = captured("llama", "full")
     assert run_recipe(program, recipe_of(Keep((1.0,) * 8), {}))[0] is program

@@ -234,6 +234,7 @@ def test_packed_rows_choose_per_row() -> None:
     agree(Case("llama", "packed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", KV)
 def test_evaluate_is_the_module(kv: str) -> None:
     """The program's meaning, op by op, and the lowered module: forward and all gradients, bit for bit."""
