@@ -58,13 +58,14 @@ class DepthModule(Checkpointing, nn.Module):
         for name, param in program.params.items():
             self._register(name, values(name), param.kind, made)
         self._bodies = {body.certificate: body for body in _bodies(program)}
-        self._functions = {key: function_of(body) for key, body in self._bodies.items()}
-        self._by_mode = dict.fromkeys((False, True), self._functions)
+        functions = {key: function_of(body) for key, body in self._bodies.items()}
+        self._functions = dict.fromkeys((False, True), functions)
         self._rows = RowsLowering()
         self._blocks = {block.body.certificate for block in program.blocks.values()}
         self.program = program.with_weights(_Weights(self))
         self._warmups = _warmups(program)
         self._read_step()
+        self.register_load_state_dict_post_hook(_read_step)  # also where a module around this one loads
 
     def _register(self, name: str, value: Tensor, kind: str, made: dict[int, Tensor]) -> None:
         owner: nn.Module = self
@@ -121,7 +122,7 @@ class DepthModule(Checkpointing, nn.Module):
         with the depth. `options` are those of torch.compile.
         """
         inner = partial(torch.compile, **options)
-        self._by_mode = {  # two functions a body: what one mode needs takes nothing of Dynamo's limit from the other
+        self._functions = {  # two functions a body: what one mode needs takes nothing of Dynamo's limit from the other
             mode: {key: inner(function_of(body)) for key, body in self._bodies.items()} for mode in (False, True)
         }
         self._rows = RowsLowering(inner)
@@ -161,8 +162,8 @@ class DepthModule(Checkpointing, nn.Module):
 
     def _run_body(self, body: Body, inputs: Sequence[Any]) -> Sequence[Any]:
         if self._checkpoint is not None and self.training and body.certificate in self._blocks:
-            return self._checkpoint(self._by_mode[True][body.certificate], *inputs)  # type: ignore[no-any-return]
-        return self._by_mode[self.training][body.certificate](*inputs)
+            return self._checkpoint(self._functions[True][body.certificate], *inputs)  # type: ignore[no-any-return]
+        return self._functions[self.training][body.certificate](*inputs)
 
     def _with_losses(self, out: Any, aux: Aux) -> Any:
         """The output with the auxiliary losses added to its loss."""
@@ -233,9 +234,11 @@ class DepthModule(Checkpointing, nn.Module):
                 if close
                 else "pass strict=False to load what matches",
             )
-        loaded = super().load_state_dict(state_dict, strict, assign)
-        self._read_step()
-        return loaded
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def _read_step(module: DepthModule, _: Any) -> None:
+    module._read_step()
 
 
 class _Weights(Mapping[str, Tensor]):
@@ -289,8 +292,8 @@ def _bodies(program: Program) -> list[Body]:
 def _warmups(program: Program) -> tuple[int, ...]:
     """The steps of every warm-up in a program."""
     ops = [op for stack in program.stacks for op in _flat(stack.ops)]
-    found = {selection.parse_rule(op.rule)[3] for op in ops if isinstance(op, Select)}
-    return tuple(sorted(found - {0}))
+    rules = [selection.parse_rule(op.rule) for op in ops if isinstance(op, Select)]
+    return tuple(sorted({warmup for *_, warmup in rules} - {0}))
 
 
 def _flat(ops: Sequence[Op]) -> list[Op]:

@@ -71,7 +71,7 @@ class RowsLowering:
         tensors |= {"ruler": ruler, "caches": tuple(caches), **{name: rows.get(name) for name in _ROW_SIZES}}
         cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         way = _Way(block, tuple(consts), tuple([plan.mode for plan in kv]), ordered, training, device, cast)
-        leaves = _leaves(tensors)
+        leaves = pytree.tree_leaves(tensors)
         key = (block.body.certificate, block.carries, *way.options, _structure(tensors), tuple(map(_kind, leaves)))
         if key not in self._graphs:
             self._graphs[key] = self._make(way, tensors)
@@ -81,16 +81,8 @@ class RowsLowering:
         return self._compile(_trace(way, tensors))
 
 
-def _leaves(tensors: Arguments) -> list[Any]:
-    """All tensors of a call, and what stands for those that are not there; in the order of pytrees."""
-    found: list[Any] = []
-    for value in tensors.values():
-        for part in value if isinstance(value, tuple) else (value,):
-            found.extend(part if isinstance(part, tuple) else (part,))
-    return found
-
-
 def _structure(tensors: Arguments) -> tuple[Any, ...]:
+    """How many tensors of each kind there are: what tells calls with the same leaves apart."""
     caches = tuple([None if cache is None else len(cache) for cache in tensors["caches"]])
     return len(tensors["carries"]), len(tensors["sides"]), len(tensors["params"]), caches
 

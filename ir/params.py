@@ -115,6 +115,13 @@ class Param:
     expr: Expr | None = None
 
 
+def drawn(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, std: float, seed: int) -> dict[str, Param]:
+    """Fresh parameters by name: normal draws, each from a seed of its own."""
+    law = f"normal({std})" if std else "zeros"
+    types = {name: Type(dtype, shape) for name, shape in shapes.items()}
+    return {name: Param(type, expr=Init(type, law, seed + n)) for n, (name, type) in enumerate(types.items())}
+
+
 def steps_taken() -> dict[str, Param]:
     """The buffer that a schedule reads: no optimizer step was taken yet."""
     count = Type(torch.int64, ())

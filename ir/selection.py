@@ -183,19 +183,14 @@ def _best(score: Tensor, among: TokenSet, of: TokenSet, capacity: float) -> Toke
 
 def _best_within(score: Tensor, among: TokenSet, of: TokenSet, capacity: float, within: Tensor) -> TokenSet:
     """The best candidates of every document, by its own number of tokens."""
-    groups = within.unique(return_inverse=True)[1]
-    count = int(groups.max()) + 1 if groups.numel() else 1
-    places = torch.arange(score.shape[1], device=score.device).expand_as(groups)
     order = score.masked_fill(~among.mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    order = order.gather(1, groups.gather(1, order).argsort(dim=1, stable=True))  # by document, then by score
-    sorted_groups = groups.gather(1, order)
-    starts = torch.nn.functional.pad(sorted_groups[:, 1:] != sorted_groups[:, :-1], (1, 0)) * places
-    rank = torch.empty_like(order).scatter(1, order, places - starts.cummax(1).values)
-    tokens = torch.zeros(len(groups), count, dtype=torch.int64, device=score.device).scatter_add(
-        1, groups, of.mask.long()
-    )
-    wanted = (tokens.double() * capacity).long().clamp(min=1)
-    return TokenSet(among.mask & (rank < wanted.gather(1, groups)))
+    order = order.gather(1, within.gather(1, order).argsort(dim=1, stable=True))  # by document, then by score
+    ids, places = within.gather(1, order), torch.arange(score.shape[1], device=score.device).expand_as(order)
+    begins = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0))
+    number, rank = begins.cumsum(1), places - (begins * places).cummax(1).values
+    tokens = torch.zeros_like(order).scatter_add(1, number, of.mask.gather(1, order).long())
+    wanted = (tokens.double() * capacity).long().clamp(min=1).gather(1, number)
+    return TokenSet(among.mask & torch.zeros_like(among.mask).scatter(1, order, rank < wanted))
 
 
 def _share(count: int, capacity: float) -> int:

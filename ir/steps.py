@@ -138,7 +138,7 @@ class Steps:
         ports, name = ports_of(block), self._slot(op, site, indices)
         kept = self.caches.get(name) or self.past.caches.get(name) or Kept((None,) * len(ports), self._nothing())
         if self._overlays(op, name) and site in self.past.caches:
-            kept = overlaid(block, kept, self.past.caches[site], self.device)
+            kept = overlaid(block, kept, self.past.caches[site], self.length, self.device)
         plans = [settled(p, name in self.caches) for p in (op.kv if isinstance(op, Call) else ())]
         plans = plans or [Kv("store", "") for _ in ports]
         for number, (port, cache) in enumerate(zip(ports, kept.caches, strict=True)):
@@ -245,14 +245,15 @@ def _compact(block: Block, kept: Kept) -> Kept:
     return Kept(caches, Rows(members.width, rows, members.valid))
 
 
-def overlaid(block: Block, base: Kept, own: Kept, device: torch.device) -> Kept:
+def overlaid(block: Block, base: Kept, own: Kept, length: int, device: torch.device) -> Kept:
     """What is kept, with the rows of tokens that another application keeps too replaced by those."""
     batch = max(k.index(device).shape[0] for k in (base.keys, own.keys))
     theirs, mine = (k.index(device).expand(batch, -1) for k in (base.keys, own.keys))
-    same = theirs[:, :, None] == mine[:, None, :]
     if own.keys.valid is not None:
-        same = same & own.keys.valid[:, None, :]
-    found, at = same.any(-1), same.to(torch.int8).argmax(-1)
+        mine = mine.masked_fill(~own.keys.valid, length)  # beyond all tokens
+    rows = torch.arange(own.keys.count, device=device).expand(batch, -1)
+    at = torch.full((batch, length + 1), -1, device=device).scatter(1, mine, rows).gather(1, theirs)
+    found, at = at >= 0, at.clamp(min=0)
     caches: list[Cache | None] = []
     for port, layouts, old, new in zip(ports_of(block), cached_of(block), base.caches, own.caches, strict=True):
         laid = port.cross or old is None or new is None

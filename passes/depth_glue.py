@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
 
 from depthc.ir.body import Body
 from depthc.ir.types import Type
 from depthc.passes.glue import Glue, aten, wide
+from depthc.passes.routing_glue import mean
 
 GATES = {"softmax": 1.0, "sigmoid": 0.1}  # and their usual alpha
-
-
-def token_shapes(kind: str, stream: Type, count: int) -> dict[str, tuple[int, ...]]:
-    """The parameters of a router and their shapes: D -> N, or D -> 2D -> N; without biases."""
-    width: int = stream.shape[2]  # type: ignore[assignment]
-    if kind == "linear":
-        return {"weight": (count, width)}
-    return {"up.weight": (2 * width, width), "down.weight": (count, 2 * width)}
-
-
-def token_router(stream: Type, kind: str, count: int, temperature: float) -> Body:
-    """logits = f(x / temperature): [batch, tokens, N], on the raw residual stream; runs outside of autocast."""
-    g, dtype = Glue(), wide(stream.dtype)
-    x = g.op(aten.to.dtype, g.value("h", stream), dtype)  # autocast may have made it another than its type's
-    weights = [g.param(name, Type(dtype, shape)) for name, shape in token_shapes(kind, stream, count).items()]
-    if temperature != 1.0:
-        x = g.op(aten.div.Tensor, x, temperature)
-    if kind == "mlp":
-        x = g.op(aten.gelu.default, g.op(aten.linear.default, x, weights[0]))
-    return g.body(g.op(aten.linear.default, x, weights[-1]))
 
 
 def shares(stream: Type, count: int, gate: str, alpha: float | None) -> Body:
@@ -84,33 +64,10 @@ def balance_loss(stream: Type, count: int, weight: float) -> Body:
     g, dtype = Glue(), wide(stream.dtype)
     pi = g.value("pi", Type(dtype, (*stream.shape[:2], count)))
     depths, real = g.value("depth", Type(dtype, stream.shape[:2])), g.value("real", Type(torch.bool, stream.shape[:2]))
-    tokens = _count(g, real, dtype)
-    terms = None
+    terms = []
     for i in range(count):
-        here = g.op(aten.logical_and.default, g.op(aten.eq.Scalar, depths, i), real)
-        fraction = g.op(aten.div.Tensor, g.op(aten.sum.default, g.op(aten.to.dtype, here, dtype)), tokens)
-        given = _real_sum(g, g.op(aten.select.int, pi, 2, i), real)
-        term = g.op(aten.mul.Tensor, fraction, g.op(aten.div.Tensor, given, tokens))
-        terms = term if terms is None else g.op(aten.add.Tensor, terms, term)
-    assert terms is not None
-    return g.body(g.op(aten.mul.Tensor, g.op(aten.mul.Tensor, terms, count), weight))
-
-
-def z_loss(stream: Type, count: int, weight: float) -> Body:
-    """weight * logsumexp(logits)^2, mean over the real tokens."""
-    g, dtype = Glue(), wide(stream.dtype)
-    logits = g.value("logits", Type(dtype, (*stream.shape[:2], count)))
-    real = g.value("real", Type(torch.bool, stream.shape[:2]))
-    size = g.op(aten.logsumexp.default, logits, [-1])
-    tokens = _count(g, real, dtype)
-    total = _real_sum(g, g.op(aten.mul.Tensor, size, size), real)
-    return g.body(g.op(aten.mul.Tensor, g.op(aten.div.Tensor, total, tokens), weight))
-
-
-def _count(g: Glue, real: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """How many tokens are real, 1 at least; not an integer, whose quotients would be fp32."""
-    return g.op(aten.clamp.default, g.op(aten.sum.default, g.op(aten.to.dtype, real, dtype)), 1)
-
-
-def _real_sum(g: Glue, each: fx.Node, real: fx.Node) -> fx.Node:
-    return g.op(aten.sum.default, g.op(aten.masked_fill.Scalar, each, g.op(aten.bitwise_not.default, real), 0.0))
+        here = g.op(aten.to.dtype, g.op(aten.eq.Scalar, depths, i), dtype)
+        share = mean(g, g.op(aten.select.int, pi, 2, i), real)
+        terms.append(g.op(aten.mul.Tensor, mean(g, here, real), share))
+    total = g.op(aten.sum.default, g.op(aten.stack.default, terms))
+    return g.body(g.op(aten.mul.Tensor, g.op(aten.mul.Tensor, total, count), weight))

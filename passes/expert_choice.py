@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from depthc.ir.names import Names
-from depthc.ir.params import Init, Param, steps_taken
-from depthc.ir.program import Loop, Merge, Op, Segment, Select, Tap
+from depthc.ir.params import Param, drawn, steps_taken
+from depthc.ir.program import Loop, Merge, Op, Segment, Select
 from depthc.ir.types import Type
 from depthc.passes.glue import wide
 from depthc.passes.recursion import Recursion
 from depthc.passes.routing_glue import combine, membership_loss, router, router_shapes, z_loss
 from depthc.passes.subsets import Candidates
+from depthc.passes.taps import loss_taps, route_taps
 
 if TYPE_CHECKING:
     from depthc.passes.route import Route
@@ -69,12 +71,10 @@ class ExpertChoice:
         return replace(self.recursion.loop, body=tuple(ops))
 
     def _router(self, name: str, write: str, apart: bool = False) -> Segment:
-        body = router(self._stream, self.route.router, self.route.temperature, apart)
-        index = self._index
-        weights = [
-            f"depth.{index}.{{{index}}}.{name}.{slot}" for slot in router_shapes(self.route.router, self._stream)
-        ]
-        return Segment(name, body, (self.recursion.h,), (write,), tuple(weights), precise=self.route.router != "linear")
+        kind, index = self.route.router, self._index
+        weights = tuple(f"depth.{index}.{{{index}}}.{name}.{slot}" for slot in router_shapes(kind, self._stream))
+        body = router(self._stream, kind, self.route.temperature, apart=apart)
+        return Segment(name, body, (self.recursion.h,), (write,), weights, precise=True)
 
     def _select(self) -> Select:
         """The best in training; in inference those above zero, as the router or the auxiliary router says."""
@@ -92,32 +92,27 @@ class ExpertChoice:
             self.candidates.document,
         )
 
-    def _taps(self, at: str) -> list[Op]:
+    def _taps(self, at: str) -> Iterator[Op]:
         """The route, and the losses that this recursion adds."""
-        made, route = self._made, self.route
-        judged = made["judge"] if route.auxiliary else made["logit"]
-        tapped = {"logit": judged, "candidates": made["active"], "chosen": made["chosen"]}
-        ops: list[Op] = [Tap(f"route.{at}.{what}", value) for what, value in tapped.items()]
-        sets = (made["chosen"], made["active"])
-        losses = [
-            ("router", "membership_loss", membership_loss, route.loss, (made["logit"], *sets)),
-            ("judge", "membership_loss", membership_loss, route.auxiliary, (made["judge"], *sets)),
-            ("z", "z_loss", z_loss, route.z_loss, (made["logit"], made["active"])),
-        ]
-        for name, function, body, weight, reads in losses:
-            if weight:
-                write = self.names.new("loss")
-                ops += [Segment(function, body(self._stream, weight), reads, (write,)), Tap(f"loss.{at}.{name}", write)]
-        return ops
+        made, route, stream = self._made, self.route, self._stream
+        active, chosen, logit, judge = (made[n] for n in ("active", "chosen", "logit", "judge"))
+        yield from route_taps(at, active, chosen, judge if route.auxiliary else logit)
+        if route.loss:
+            body = membership_loss(stream, route.loss)
+            yield from loss_taps(at, "router", body, (logit, chosen, active), self.names)
+        if route.auxiliary:
+            body = membership_loss(stream, route.auxiliary)
+            yield from loss_taps(at, "judge", body, (judge, chosen, active), self.names)
+        if route.z_loss:
+            yield from loss_taps(at, "z", z_loss(stream, route.z_loss), (logit, active), self.names)
 
-    def params(self, seed: int) -> dict[str, Param]:
+    def params(self) -> dict[str, Param]:
         """The routers of every recursion, and their auxiliary ones."""
-        made: dict[str, Param] = {}
-        law = f"normal({self.route.std})" if self.route.std else "zeros"
-        for name in ("router", "judge") if self.route.auxiliary else ("router",):
-            for slot, shape in router_shapes(self.route.router, self._stream).items():
-                type = Type(wide(self._stream.dtype), shape)
-                for r in range(len(self.capacities)):
-                    own = f"depth.{self._index}.{r}.{name}.{slot}"
-                    made[own] = Param(type, expr=Init(type, law, seed + len(made)))
+        shapes = {
+            f"depth.{self._index}.{r}.{name}.{slot}": shape
+            for name in (("router", "judge") if self.route.auxiliary else ("router",))
+            for slot, shape in router_shapes(self.route.router, self._stream).items()
+            for r in range(len(self.capacities))
+        }
+        made = drawn(shapes, wide(self._stream.dtype), self.route.std, self.route.seed)
         return made | (steps_taken() if self.route.warmup else {})

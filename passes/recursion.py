@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.ports import ports_of
-from depthc.ir.errors import SubsetError
 from depthc.ir.program import Call, Kv, Loop, On, Op, Program, Stack
 from depthc.ir.types import Type
 from depthc.passes.base import Pass
+from depthc.passes.subsets import require_subset, stream_of
 
 KEYS = ("recursion", "share_first", "update")
 _MODES = {"share_first": "share", "update": "overlay"}
@@ -68,7 +67,7 @@ def recursion_of(one: Pass, program: Program, stack: Stack, name: str | None, kv
     loop = _loop(one, stack, name)
     calls = _calls(one, program, loop, kv)
     ports = {call.block: len(ports_of(program.blocks[call.block])) for call in calls}
-    return Recursion(loop, calls, ports, _stream(one, program, calls), kv)
+    return Recursion(loop, calls, ports, stream_of(program, calls[0]), kv)
 
 
 def _loop(one: Pass, stack: Stack, name: str | None) -> Loop:
@@ -102,7 +101,7 @@ def _require_stream(one: Pass, stack: Stack) -> None:
 def _calls(one: Pass, program: Program, loop: Loop, kv: str) -> list[Call]:
     """The layers of the loop, each of which runs on a subset of its tokens."""
     calls = [op for op in loop.body if isinstance(op, Call)]
-    if len(calls) < len(loop.body) or any(c.kv or len(c.writes) != 1 or c.writes != c.reads[:1] for c in calls):
+    if len(calls) < len(loop.body) or any(c.writes != c.reads[:1] for c in calls):
         raise one.refuse(
             "the loop holds more than layers that pass one stream on",
             expected="applications of blocks with one result",
@@ -110,33 +109,8 @@ def _calls(one: Pass, program: Program, loop: Loop, kv: str) -> list[Call]:
             remedy="route a loop that tie or loop made, once",
         )
     for call in calls:
-        axes = analyse(program.blocks[call.block])
-        try:
-            axes.require_legal()
-        except SubsetError as error:
-            raise one.refuse(
-                error.what,
-                where=", ".join(filter(None, (call.layer or call.block, error.where))),
-                expected=error.expected,
-                found="; ".join(dict.fromkeys(f"{r.op}: {r.reason}" for r in axes.refusals)),
-                remedy="tie without route, or route layers that mix tokens by attention alone",
-            ) from error
+        require_subset(one, program, call)
         if kv != "recursion" and any("{" in p for p in call.params):
             remedy = 'tie everything (norms="tied"), or use kv="recursion"'
             raise one.refuse(f'kv="{kv}" needs layers that are tied in all parameters', remedy=remedy)
     return calls
-
-
-def _stream(one: Pass, program: Program, calls: Sequence[Call]) -> Type:
-    """The type of the hidden states: [batch, tokens, features]."""
-    node = program.blocks[calls[0].block].body.placeholders_of("value")[0]
-    axes, type = analyse(program.blocks[calls[0].block]), node.meta["input"].type
-    if axes.labels[node][:2] != ((axes.batch,), (axes.token,)) or len(type.shape) != 3:
-        raise one.refuse(
-            "the hidden states have another layout",
-            where=calls[0].layer,
-            expected="[batch, tokens, features]",
-            found=str(type),
-            remedy="route a stack whose layers pass on such a value",
-        )
-    return type

@@ -92,7 +92,7 @@ class Route(Pass):
         capacities, names = self._capacities(recursion.loop), Names(names_in(program))
         candidates = candidates_of(self, program, recursion.calls, names, self.per)
         build = ExpertChoice(self, recursion, capacities, candidates, names)
-        params = {**program.params, **build.params(self.seed)}
+        params = {**program.params, **build.params()}
         routed = [*candidates.ops, *build.ops()]
         return replace(with_stack(program, stack, recursion.replaced(stack, routed)), params=params)
 

@@ -6,7 +6,6 @@ import torch
 from torch import fx
 
 from depthc.ir.body import Body
-from depthc.ir.sizes import Size
 from depthc.ir.types import Type
 from depthc.passes.glue import Glue, aten, wide
 
@@ -15,30 +14,36 @@ GATES = ("sigmoid", "tanh", "none")
 COMBINES = ("weighted", "additive", "delta", "off")
 
 
-def router_shapes(kind: str, stream: Type) -> dict[str, tuple[Size, ...]]:
-    """The parameters of a router and their shapes: D -> 1, or D -> 2D -> 1; without biases."""
-    width = stream.shape[2]
-    if kind == "linear":
-        return {"weight": (width,)}
-    twice = 2 * width if isinstance(width, int) else f"2*({width})"
-    return {"up.weight": (twice, width), "down.weight": (twice,)}
+def router_shapes(kind: str, stream: Type, outputs: tuple[int, ...] = ()) -> dict[str, tuple[int, ...]]:
+    """The parameters of a router and their shapes, without biases.
+
+    "linear": D -> outputs; "mlp": D -> 2D -> outputs; "predictor": D -> D // 4 -> outputs.
+    """
+    width: int = stream.shape[2]  # type: ignore[assignment]
+    hidden = {"linear": 0, "mlp": 2 * width, "predictor": max(1, width // 4)}[kind]
+    if not hidden:
+        return {"weight": (*outputs, width)}
+    return {"up.weight": (hidden, width), "down.weight": (*outputs, hidden)}
 
 
-def router(stream: Type, kind: str, temperature: float, apart: bool = False) -> Body:
-    """logit = f(x / temperature): [batch, tokens], on the raw residual stream.
+def router(
+    stream: Type, kind: str, temperature: float = 1.0, outputs: tuple[int, ...] = (), *, apart: bool = False
+) -> Body:
+    """logits = f(x / temperature): [batch, tokens, *outputs], on the raw residual stream.
 
-    f is linear, or an MLP with an exact GELU. `apart` keeps gradients out of the stream. A sum of products rather than
-    a matrix product where it is linear, so that autocast leaves it in fp32; an MLP runs outside of autocast.
+    f is linear, or has a hidden layer with an exact GELU. `apart` keeps gradients out of the stream. It runs in a
+    precise segment, outside of autocast, which may have given the stream another dtype.
     """
     g, dtype = Glue(), wide(stream.dtype)
     x = g.value("h", stream)
-    weights = [g.param(name, Type(dtype, shape)) for name, shape in router_shapes(kind, stream).items()]
-    x = g.op(aten.detach.default, x) if apart else x
-    x = g.op(aten.to.dtype, x, dtype) if kind == "mlp" else g.cast(x, stream.dtype, dtype)
+    weights = [g.param(name, Type(dtype, shape)) for name, shape in router_shapes(kind, stream, outputs).items()]
+    x = g.op(aten.to.dtype, g.op(aten.detach.default, x) if apart else x, dtype)
     if temperature != 1.0:
         x = g.op(aten.div.Tensor, x, temperature)
-    if kind == "mlp":
+    if kind != "linear":
         x = g.op(aten.gelu.default, g.op(aten.linear.default, x, weights[0]))
+    if outputs:
+        return g.body(g.op(aten.linear.default, x, weights[-1]))
     return g.body(g.op(aten.sum.dim_IntList, g.op(aten.mul.Tensor, x, weights[-1]), [-1]))
 
 
@@ -72,12 +77,13 @@ def document_ids(type: Type, counting: bool) -> Body:
     return g.body(g.op(aten.cumsum.default, g.op(aten.constant_pad_nd.default, begins, [1, 0]), 1))
 
 
-def z_loss(stream: Type, weight: float) -> Body:
-    """weight * logit^2, mean over the candidates of all batch rows: logsumexp^2 of the one logit that there is."""
+def z_loss(stream: Type, weight: float, outputs: tuple[int, ...] = ()) -> Body:
+    """weight * logsumexp(logits)^2, mean over the candidates of all batch rows; of one logit its square."""
     g, dtype = Glue(), wide(stream.dtype)
-    logit = g.value("logit", Type(dtype, stream.shape[:2]))
+    logits = g.value("logits", Type(dtype, (*stream.shape[:2], *outputs)))
     candidates = g.value("candidates", Type(torch.bool, stream.shape[:2]))
-    return g.body(_mean(g, g.op(aten.mul.Tensor, logit, logit), candidates, weight))
+    size = g.op(aten.logsumexp.default, logits, [-1]) if outputs else logits
+    return g.body(mean(g, g.op(aten.mul.Tensor, size, size), candidates, weight))
 
 
 def membership_loss(stream: Type, weight: float) -> Body:
@@ -88,11 +94,12 @@ def membership_loss(stream: Type, weight: float) -> Body:
     chosen, candidates = (g.value(name, Type(torch.bool, tokens)) for name in ("chosen", "candidates"))
     target = g.op(aten.to.dtype, chosen, dtype)
     each = g.op(aten.binary_cross_entropy_with_logits.default, logit, target, None, None, 0)
-    return g.body(_mean(g, each, candidates, weight))
+    return g.body(mean(g, each, candidates, weight))
 
 
-def _mean(g: Glue, each: fx.Node, candidates: fx.Node, weight: float) -> fx.Node:
-    """weight * the mean of a value over the candidates, 0 if there are none."""
-    own = g.op(aten.masked_fill.Scalar, each, g.op(aten.bitwise_not.default, candidates), 0.0)
-    count = g.op(aten.clamp.default, g.op(aten.sum.default, candidates), 1)
-    return g.op(aten.mul.Tensor, g.op(aten.div.Tensor, g.op(aten.sum.default, own), count), weight)
+def mean(g: Glue, each: fx.Node, among: fx.Node, weight: float = 1.0) -> fx.Node:
+    """weight * the mean of a float [batch, tokens] over the tokens of a set, 0 if there are none."""
+    own = g.op(aten.masked_fill.Scalar, each, g.op(aten.bitwise_not.default, among), 0.0)
+    count = g.op(aten.clamp.default, g.op(aten.sum.default, among), 1)
+    found = g.op(aten.div.Tensor, g.op(aten.sum.default, own), count)
+    return found if weight == 1 else g.op(aten.mul.Tensor, found, weight)

@@ -30,20 +30,25 @@ def is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
+def require_subset(one: Pass, program: Program, call: Call, chosen: str = "", remedy: str = "") -> None:
+    """Refuse a layer that cannot run on a subset of its tokens; `chosen` says by what words it was meant."""
+    error = _refusal(program.blocks[call.block], call)
+    if error is not None:
+        raise one.refuse(
+            f"{chosen}{error.what}",
+            where=", ".join(filter(None, (call.layer or call.block, error.where))),
+            expected=error.expected,
+            found=error.found,
+            remedy=remedy or "tie without route, or route layers that mix tokens by attention alone",
+        )
+
+
 def require_subsets(one: Pass, program: Program, layers: Sequence[Call], numbers: Sequence[int]) -> None:
     """Refuse a layer of these numbers that cannot run on a subset of its tokens; names those that can."""
+    legal = [n for n, layer in enumerate(layers) if _refusal(program.blocks[layer.block], layer) is None]
+    remedy = f"choose among layers {', '.join(map(str, legal))}" if legal else "leave this stack as it is"
     for number in numbers:
-        call = layers[number]
-        error = _refusal(program.blocks[call.block], call)
-        if error is not None:
-            others = [n for n, layer in enumerate(layers) if _refusal(program.blocks[layer.block], layer) is None]
-            raise one.refuse(
-                f"layer {number} cannot be chosen: {error.what}",
-                where=", ".join(filter(None, (call.layer or call.block, error.where))),
-                expected=error.expected,
-                found=error.found,
-                remedy=f"choose among layers {', '.join(map(str, others))}" if others else "leave this stack as it is",
-            )
+        require_subset(one, program, layers[number], f"layer {number} cannot be chosen: ", remedy)
 
 
 def _refusal(block: Block, call: Call) -> SubsetError | RecipeError | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from depthc.ir.names import Names
-from depthc.ir.params import STEP, Init, Param, steps_taken
+from depthc.ir.params import STEP, Init, Param, drawn, steps_taken
 from depthc.ir.program import Merge, Op, Program, Segment, Select, Tap
 from depthc.ir.types import Type
 from depthc.passes.base import Pass
-from depthc.passes.depth_glue import GATES, balance_loss, depth, leave, shares, token_router, token_shapes, z_loss
+from depthc.passes.depth_glue import GATES, balance_loss, depth, leave, shares
 from depthc.passes.glue import wide
 from depthc.passes.layers import names_in, stack_of, with_stack
 from depthc.passes.recursion import KEYS, Recursion, recursion_of
-from depthc.passes.routing_glue import COMBINES, ROUTERS
+from depthc.passes.routing_glue import COMBINES, ROUTERS, router, router_shapes, z_loss
 from depthc.passes.subsets import candidates_of
+from depthc.passes.taps import loss_taps, route_taps
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,8 @@ class TokenChoice(Pass):
         names = Names(names_in(program))
         candidates = candidates_of(self, program, recursion.calls, names, "row")
         build = _Depths(self, recursion, recursion.loop.count, candidates.real, names)
-        params = {**program.params, **build.params()}
-        return replace(
-            with_stack(program, stack, recursion.replaced(stack, [*candidates.ops, *build.ops()])), params=params
-        )
+        routed = recursion.replaced(stack, [*candidates.ops, *build.ops()])
+        return replace(with_stack(program, stack, routed), params={**program.params, **build.params()})
 
 
 class _Depths:
@@ -96,28 +96,26 @@ class _Depths:
     def __init__(self, one: TokenChoice, recursion: Recursion, count: int, real: str, names: Names) -> None:
         self.one, self.recursion, self.count, self.real = one, recursion, count, real
         self.stream, self.h, self.index = recursion.stream, recursion.h, recursion.loop.index
-        self.start, self.logits, self.pi, self.depth, self.share, self.active, self.y = map(
-            names.new, ("start", "logits", "pi", "depth", "share", "active", "y")
-        )
+        self.start, self.logits, self.pi, self.depth = map(names.new, ("start", "logits", "pi", "depth"))
+        self.share, self.active, self.chosen, self.y = map(names.new, ("share", "active", "chosen", "y"))
         self.names = names
 
     @property
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        """The router's parameters: names and shapes."""
-        shapes = token_shapes(self.one.router, self.stream, self.count)
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The router's parameters."""
+        shapes = router_shapes(self.one.router, self.stream, (self.count,))
         return {f"depth.{self.index}.router.{slot}": shape for slot, shape in shapes.items()}
 
     def ops(self) -> list[Op]:
         """Choose a depth, go through the recursions up to it, and combine on leaving."""
         one, stream = self.one, self.stream
-        scored = shares(stream, self.count, one.gate, one.alpha)
+        scored = router(stream, one.router, one.temperature, (self.count,))
         chosen = depth(stream, self.count, one.bias, one.bal_warmup)
         read = (*((self._bias,) if one.bias else ()), *((STEP,) if one.bal_warmup else ()))
         imposed = (self.names.new("imposed"),) if one.bal_warmup else ()
-        router = token_router(stream, one.router, self.count, one.temperature)
         return [
-            Segment("router", router, (self.h,), (self.logits,), tuple(self.weights), precise=True),
-            Segment("shares", scored, (self.logits,), (self.pi,)),
+            Segment("router", scored, (self.h,), (self.logits,), tuple(self._shapes), precise=True),
+            Segment("shares", shares(stream, self.count, one.gate, one.alpha), (self.logits,), (self.pi,)),
             Segment("depth", chosen, (self.pi,), (self.depth, self.share, *imposed), read),
             *(Tap(f"balance.{self.index}.imposed", name) for name in imposed),
             *self._losses(),
@@ -129,38 +127,31 @@ class _Depths:
 
     def _recursion(self) -> list[Op]:
         """The tokens that go at least as deep as this."""
-        before, at = self.names.new("before"), f"{self.index}.{{{self.index}}}"
         return [
-            Select(before, "all", among=self.active),
-            Select(self.active, f"atleast({self.index})", self.depth, self.active),
-            self.recursion.on(self.active, self.y),
-            Merge(self.h, self.h, self.y, self.active),
-            Tap(f"route.{at}.candidates", before),
-            Tap(f"route.{at}.chosen", self.active),
+            Select(self.chosen, f"atleast({self.index})", self.depth, self.active),
+            self.recursion.on(self.chosen, self.y),
+            Merge(self.h, self.h, self.y, self.chosen),
+            *route_taps(f"{self.index}.{{{self.index}}}", self.active, self.chosen),
+            Select(self.active, "all", among=self.chosen),
         ]
 
-    def _losses(self) -> list[Op]:
-        losses = [
-            ("balance", balance_loss(self.stream, self.count, self.one.balance), (self.pi, self.depth, self.real)),
-            ("z", z_loss(self.stream, self.count, self.one.z_loss), (self.logits, self.real)),
-        ]
-        ops: list[Op] = []
-        for name, body, reads in losses:
-            if self.one.balance if name == "balance" else self.one.z_loss:
-                write = self.names.new("loss")
-                ops += [Segment(f"{name}_loss", body, reads, (write,)), Tap(f"loss.{self.index}.{name}", write)]
-        return ops
+    def _losses(self) -> Iterator[Op]:
+        one, stream = self.one, self.stream
+        if one.balance:
+            body = balance_loss(stream, self.count, one.balance)
+            yield from loss_taps(self.index, "balance", body, (self.pi, self.depth, self.real), self.names)
+        if one.z_loss:
+            body = z_loss(stream, one.z_loss, (self.count,))
+            yield from loss_taps(self.index, "z", body, (self.logits, self.real), self.names)
 
     @property
     def _bias(self) -> str:
         return f"depth.{self.index}.bias"
 
     def params(self) -> dict[str, Param]:
-        """The router, and the bias that balances."""
-        dtype, law = wide(self.stream.dtype), f"normal({self.one.std})" if self.one.std else "zeros"
-        made = {}
-        for number, (name, shape) in enumerate(self.weights.items()):
-            made[name] = Param(Type(dtype, shape), expr=Init(Type(dtype, shape), law, self.one.seed + number))
+        """The router, the bias that balances, and the steps of the warm-up."""
+        dtype = wide(self.stream.dtype)
+        made = drawn(self._shapes, dtype, self.one.std, self.one.seed)
         if self.one.bias:
             type = Type(dtype, (self.count,))
             made[self._bias] = Param(type, "buffer", Init(type, "zeros"))

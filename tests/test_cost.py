@@ -32,6 +32,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "tie": ("tie", {}),
     "mor": ("mor", {}),
     "mor that shares keys": ("mor", {"kv": "share_first"}),
+    "mor that updates keys": ("mor", {"kv": "update"}),
+    "mod": ("mod", {"capacity": 0.4}),
 }
 
 
@@ -131,6 +133,21 @@ def test_operations_fall_as_capacities_say() -> None:
     linear = each - attention
     assert half - head == each + 2 * (linear / 2 + attention / 4)
     assert third - head == each + linear / 2 + attention / 4 + linear / 4 + attention / 16
+
+
+def test_sets_whose_size_the_data_decide_are_symbols() -> None:
+    """Of token choice, one for every recursion; with the sizes of a run they count what runs."""
+    program = run_recipe(captured("llama")[1], recipe_of("mor_token", {"std": 1.0}))[0]
+    module = lower(program).eval()
+    inputs = oracles.inputs_of("llama", torch.ones(BATCH, LENGTH, dtype=torch.bool))
+    expected = counted(module, inputs)
+    with oracles.Wide(), torch.no_grad():
+        routes = module.forward_with_aux(**inputs)[1].routes
+    rows = {f"chosen_{r}": int(route.chosen.sum(1).max()) for r, route in enumerate(routes)}
+    assert len(set(rows.values())) > 1
+    found = flops(program, masked=False)
+    assert {str(symbol) for symbol in found.free_symbols} == {"b", "s", *rows}
+    assert found.subs({"b": BATCH, "s": LENGTH, **rows}) == expected
 
 
 @pytest.mark.slow

@@ -65,6 +65,13 @@ def test_the_step_is_saved(tmp_path: Path) -> None:
     assert counts(depthc.load(tmp_path / "saved").train()) == counts(module)
 
 
+def test_the_step_is_read_where_a_module_around_loads() -> None:
+    module, other = (nn.ModuleList([make(warmup=100).train()]) for _ in range(2))
+    module[0].set_step(57)
+    other.load_state_dict(module.state_dict())
+    assert counts(other[0]) == counts(module[0])
+
+
 def test_a_module_without_a_schedule_takes_no_notice_of_steps() -> None:
     module = make().train()
     before = counts(module)

@@ -58,7 +58,7 @@ def test_signature_is_that_of_the_model(model: nn.Module, compiled: nn.Module) -
 
 def test_a_block_is_one_function(compiled: nn.Module) -> None:
     (block,) = compiled.program.blocks.values()
-    functions = compiled._functions
+    functions = compiled._functions[False]
     assert len(functions) == 1 + sum(type(item).__name__ == "Segment" for item in compiled.program.body)
     assert block.body.certificate in functions
 

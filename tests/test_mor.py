@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
 import oracles
@@ -11,35 +10,27 @@ import pytest
 import torch
 from oracles import Wide, expert
 from oracles.expert import Settings
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
-import depthc
 from depthc.codegen.module import DepthModule, lower
 from depthc.ir.errors import RecipeError
 from depthc.ir.evaluate import run
-from depthc.ir.program import Program
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 
-ROWS = {
-    "full": torch.ones(2, 9, dtype=torch.bool),
-    "padded": torch.tensor(
-        [[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]]
-    ).bool(),
-}
-DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 2, 2, 2, 2]])
-FORWARD, BACKWARD = 1e-10, 1e-8
-
-
-@cache
-def captured(kind: str, rows: str) -> tuple[nn.Module, Program, dict[str, Tensor]]:
-    """A model, its program and the inputs that both take."""
-    model = oracles.build(kind)
-    documents = DOCUMENTS if rows == "packed" else None
-    inputs = oracles.inputs_of(kind, ROWS.get(rows, ROWS["full"]), documents=documents)
-    with Wide():
-        return model, depthc.capture(model, kwargs=inputs), inputs
+from .routed import (
+    FORWARD,
+    ROWS,
+    assert_same_gradients,
+    captured,
+    changed_last,
+    counted,
+    documents_of,
+    forward,
+    logits_of,
+    stepped,
+    weighted,
+)
 
 
 class Case:
@@ -50,8 +41,8 @@ class Case:
     ) -> None:
         self.model, program, self.inputs = captured(kind, rows)
         self.kind, self.settings = kind, Settings(**settings)
-        self.real = ROWS.get(rows, ROWS["full"])
-        self.documents = DOCUMENTS if rows == "packed" else None
+        self.real = ROWS[rows]
+        self.documents = documents_of(rows)
         self.step = step
         same = {k: v for k, v in settings.items() if k not in ("causal", "aux", "z")}
         weights = {"auxiliary": float(self.settings.aux), "z_loss": self.settings.z}
@@ -90,26 +81,13 @@ class Case:
             )
 
     def found(self, inputs: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Any]:
-        self.compiled.eval().selection = "inference" if self.settings.causal else "training"  # no dropout
-        with Wide():
-            out, aux = self.compiled.forward_with_aux(**(inputs or self.inputs))
-        return logits_of(out), aux
+        return forward(self.compiled, inputs or self.inputs, self.settings.causal)
 
-    def leaves(self) -> tuple[list[Tensor], list[Tensor]]:
+    def leaves(self) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The parameters and routers, of the oracle and of the compiled module."""
-        shared = [p for p in self.model.parameters() if p.requires_grad]
+        shared = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         theirs, ours = zip(*self.router_weights(), strict=True)
-        return [*shared, *theirs], [*shared, *ours]
-
-
-def logits_of(out: Any) -> Tensor:
-    return out if isinstance(out, Tensor) else out.logits
-
-
-def weighted(logits: Tensor, real: Tensor) -> Tensor:
-    """A scalar of the real tokens' logits whose gradient is different everywhere."""
-    rows = logits[real]
-    return (rows * torch.linspace(-1, 1, rows.numel(), dtype=rows.dtype).view_as(rows)).sum()
+        return [*shared.values(), *theirs], shared | {f"router {i}": weight for i, weight in enumerate(ours)}
 
 
 def agree(case: Case, backward: bool = True) -> None:
@@ -124,12 +102,10 @@ def agree(case: Case, backward: bool = True) -> None:
     if not backward:
         return
     theirs, ours = case.leaves()
-    want = torch.autograd.grad(weighted(expected.logits, case.real) + expected.loss, theirs, allow_unused=True)
-    got = torch.autograd.grad(weighted(logits, case.real) + aux.loss, ours, allow_unused=True)
-    assert any(g is not None and g.abs().max() > 1e-6 for g in want[-len(case.router_weights()) :])
-    for name, a, b in zip([*dict(case.model.named_parameters()), *range(99)], got, want, strict=False):
-        assert (a is None) == (b is None) or (a if a is not None else b).abs().max() == 0, name
-        assert a is None or b is None or (a.flatten() - b.flatten()).abs().max() < BACKWARD, name
+    wanted, found = weighted(expected.logits, case.real) + expected.loss, weighted(logits, case.real) + aux.loss
+    routers = torch.autograd.grad(wanted, theirs[-len(case.router_weights()) :], retain_graph=True)
+    assert any(g.abs().max() > 1e-6 for g in routers)
+    assert_same_gradients(found, ours, wanted, theirs)
 
 
 KV = ("recursion", "share_first", "update")
@@ -138,7 +114,7 @@ KV = ("recursion", "share_first", "update")
 OTHERS = [kind for kind in oracles.KINDS if kind != "llama"]
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", ["full", "padded"])
 @pytest.mark.parametrize("kv", KV)
 def test_top_k_is_the_oracle(kv: str, rows: str) -> None:
     agree(Case("llama", rows, kv=kv))
@@ -268,9 +244,7 @@ def test_a_carry_that_takes_no_gradient() -> None:
 @pytest.mark.parametrize("kv", KV)
 def test_a_later_token_changes_nothing_before_it(kv: str) -> None:
     case = Case("llama", kv=kv, causal=True)
-    name = oracles.token_input("llama")
-    changed = dict(case.inputs) | {name: case.inputs[name].clone()}
-    changed[name][:, -1] = (changed[name][:, -1] + 1) % oracles.VOCAB
+    changed = changed_last("llama", case.inputs)
     (before, aux), (after, other) = case.found(), case.found(changed)
     assert (before[:, :-1] - after[:, :-1]).abs().max() < FORWARD
     assert (before[:, -1] - after[:, -1]).abs().max() > 1e-3
@@ -288,25 +262,13 @@ STEPPED = [*(("llama", kv) for kv in KV), *((k, kv) for k in OTHERS for kv in KV
 )
 def test_token_by_token_is_the_whole_sequence(kind: str, kv: str) -> None:
     case = Case(kind, "padded", kv=kv, causal=True)
-    growing = [n for n in case.inputs if n in (_DECODER if kind == "encoder_decoder" else _GROWING)]
-    fixed = {n: v for n, v in case.inputs.items() if n not in growing}
-    program = case.compiled.program
-    with Wide(), torch.no_grad():
-        whole, aux = case.found()
-        out, past = program.start(**fixed, **{n: case.inputs[n][:, :5] for n in growing})
-        parts = [logits_of(out)]
-        for t in range(5, 9):
-            out, past = program.step(past, **{n: case.inputs[n][:, t : t + 1] for n in growing})
-            parts.append(logits_of(out))
-    assert (torch.cat(parts, 1) - whole)[case.real].abs().max() < FORWARD
+    whole, aux = case.found()
+    logits, past = stepped(kind, case.compiled.program, case.inputs)
+    assert (logits - whole)[case.real].abs().max() < FORWARD
     if kv == "recursion":
         lengths = [int(r.chosen.sum(1).max()) for r in aux.routes]
         caches = [kept.keys.count for site, kept in past.caches.items() if "[" in site]
         assert sorted(set(caches)) == sorted(set(lengths))
-
-
-_GROWING = ("input_ids", "ids", "attention_mask")
-_DECODER = ("decoder_input_ids", "decoder_attention_mask")
 
 
 # identity
@@ -349,22 +311,3 @@ def test_rows_that_reach_every_product(kv: str) -> None:
     for name in ("k_proj", "v_proj"):
         looped = [rows[0]] * 2 if kv == "share_first" else [r for k in rows for r in [k, k]]
         assert seen[name] == [batch * length, *looped, batch * length], name
-
-
-def counted(call: Callable[[], Any], model: nn.Module) -> dict[str, list[int]]:
-    """How many token rows every product with a parameter of the layers got, in order, by the name of its module."""
-    names = {p.data_ptr(): n.split(".")[-2] for n, p in model.named_parameters() if ".layers." in n}
-    seen: dict[str, list[int]] = {}
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default):
-                weight = args[-1]
-                if isinstance(weight, Tensor) and weight.data_ptr() in names:
-                    rows = args[-2].numel() // args[-2].shape[-1]
-                    seen.setdefault(names[weight.data_ptr()], []).append(rows)
-            return func(*args, **(kwargs or {}))
-
-    with Count(), torch.no_grad():
-        call()
-    return seen

@@ -27,8 +27,8 @@ def flops(program: Program, *, masked: bool = True) -> sympy.Expr:
     """The operations of one forward: those of its products, over the size names of its inputs.
 
     A routed region counts for the rows that run, as many as the training rule of its `select` chooses; a set whose
-    size only the data decide is a symbol with the name of the set. A training step takes three times as many, since
-    backward has two products for each.
+    size only the data decide is a symbol of its own in every iteration ("active_0"). A training step takes three times
+    as many, since backward has two products for each.
 
     Args:
         masked: whether attention counts the pairs of tokens that its mask allows, as kernels compute them (causal:
@@ -160,8 +160,8 @@ class _Walk:
             return among
         if rule == "stride":
             return _Set(sympy.ceiling(everyone / int(number)), among.exact, 1 / number)
-        if rule != "topk":
-            return _Set(symbol(op.write), exact=False)
+        if rule != "topk" or op.within is not None:
+            return _Set(symbol("_".join([op.write, *map(str, indices.values())])), exact=False)
         share = min(among.share, of.share * number)
         if not (of.exact and among.exact):
             return _Set(_part(everyone, number), exact=False, share=share)
