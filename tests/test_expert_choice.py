@@ -104,13 +104,15 @@ def test_steps_of_a_stage_compile_once() -> None:
 
 
 def test_an_mlp_router_stays_fp32_under_autocast() -> None:
-    module = make(router="mlp").train()
+    """That of the first recursion, which reads the embeddings: they are the same with autocast and without."""
+    module = make(router="mlp", sharing="cycle", loops=2).train()
     assert {n.rsplit("router.", 1)[1] for n in module.new_parameters()} == {"up.weight", "down.weight"}
+    plain = module.forward_with_aux(ids(2, 9))[1].routes
     with torch.autocast("cpu", torch.bfloat16):
-        aux = module.forward_with_aux(ids(2, 9))[1]
-    for route in aux.routes:
-        assert route.logit.dtype == torch.float32
-        assert not torch.equal(route.logit, route.logit.bfloat16().float())
+        cast = module.forward_with_aux(ids(2, 9))[1].routes
+    assert all(route.logit.dtype == torch.float32 for route in cast)
+    assert torch.equal(cast[0].logit, plain[0].logit)
+    assert not torch.equal(cast[1].logit, plain[1].logit)
 
 
 def test_an_auxiliary_router_sends_no_gradient_into_the_stream() -> None:
