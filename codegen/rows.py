@@ -30,7 +30,7 @@ from depthc.ir.sizes import Size
 from depthc.ir.types import Type
 
 # Sizes to trace at. They are all different, so that no two dimensions become one by chance.
-_BATCH, _ROWS, _KEYS, _OTHERS = 3, 7, 13, (19, 23, 29, 31, 37, 41, 43)
+_BATCH, _ROWS, _KEYS, _MEMBERS, _OTHERS = 3, 7, 13, 17, (19, 23, 29, 31, 37, 41, 43)
 
 _ROW_SIZES = {"positions": _ROWS, "valid": _ROWS, "key_positions": _KEYS, "key_valid": _KEYS}
 
@@ -61,6 +61,7 @@ class RowsLowering:
         caches: Sequence[Cache | None],
         length: int | None,
         ordered: bool,
+        causal: Sequence[bool],
         training: bool,
         device: torch.device,
         **rows: Tensor | None,
@@ -68,9 +69,12 @@ class RowsLowering:
         """See `depthc.ir.rows.run.run_rows`."""
         ruler = None if length is None else carries[0].new_empty((length, 0))  # a size that is passed as a tensor
         tensors: Arguments = {"carries": tuple(carries), "sides": tuple(sides), "params": tuple(params)}
-        tensors |= {"ruler": ruler, "caches": tuple(caches), **{name: rows.get(name) for name in _ROW_SIZES}}
+        tensors |= {"ruler": ruler, "caches": tuple(caches), "slots": rows.get("slots")}
+        tensors |= {name: rows.get(name) for name in _ROW_SIZES}
         cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        way = _Way(block, tuple(consts), tuple([plan.mode for plan in kv]), ordered, training, device, cast)
+        way = _Way(
+            block, tuple(consts), tuple([plan.mode for plan in kv]), ordered, tuple(causal), training, device, cast
+        )
         leaves = pytree.tree_leaves(tensors)
         key = (block.body.certificate, block.carries, *way.options, _structure(tensors), tuple(map(_kind, leaves)))
         if key not in self._graphs:
@@ -100,13 +104,14 @@ class _Way:
     consts: tuple[float, ...]
     modes: tuple[str, ...]
     ordered: bool
+    causal: tuple[bool, ...]
     training: bool
     device: torch.device
     cast: torch.dtype | None  # of autocast, if that is on
 
     @property
     def options(self) -> tuple[Any, ...]:
-        return self.consts, self.modes, self.ordered, self.training, str(self.device), self.cast
+        return self.consts, self.modes, self.ordered, self.causal, self.training, str(self.device), self.cast
 
     def autocast(self) -> torch.autocast:
         """The autocast that the graph will run under: ops are recorded before its casts, but see their dtypes."""
@@ -126,6 +131,7 @@ class _Way:
             kv=self.plans,
             length=None if ruler is None else ruler.shape[0],
             ordered=self.ordered,
+            causal=self.causal,
             training=self.training,
             device=self.device,
             **given,
@@ -189,7 +195,9 @@ class _Examples:
         label = self.axes.labels[block.body.placeholders_of("value")[0]]
         self.batch_dim, self.token_dim = label.index((self.axes.batch,)), label.index((self.axes.token,))
         self.length = self.inputs[0].type.shape[self.token_dim]  # type: ignore[union-attr]
-        self.batch = tensors["carries"][0].shape[self.batch_dim]
+        packed = tensors["slots"] is not None
+        self.batch = tensors["positions"].shape[0] if packed else tensors["carries"][0].shape[self.batch_dim]
+        self.rows = _MEMBERS if packed else self._length if tensors["positions"] is None else _ROWS
 
     def _sizes(self) -> Iterator[tuple[Size, int]]:
         """Every size of the inputs that is an expression, with what it is in the call."""
@@ -208,6 +216,7 @@ class _Examples:
             "params": tuple(_Example(t.detach()) for t in given["params"]),
             "ruler": None if ruler is None else _Example(ruler.new_empty((self._length, 0)), (0,)),
             "caches": tuple(self._cache(port, cache) for port, cache in enumerate(given["caches"])),
+            "slots": None if given["slots"] is None else self._made(given["slots"], {0: _MEMBERS}),
             **{name: self._rows(given[name], count) for name, count in _ROW_SIZES.items()},
         }
 
@@ -216,8 +225,7 @@ class _Examples:
         return sizes.evaluate(self.length, self.hints)
 
     def _carry(self, type: Any, tensor: Tensor) -> _Example:
-        rows = self._length if self.tensors["positions"] is None else _ROWS
-        return self._value(type, tensor, {self.token_dim: rows})
+        return self._value(type, tensor, {self.token_dim: self.rows})
 
     def _value(self, type: Any, tensor: Tensor, known: dict[int, int]) -> _Example:
         """An example of a body's input; `known` are sizes that are not those of its type."""

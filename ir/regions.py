@@ -9,9 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from depthc.ir.evaluate import Evaluator, indexed
+from depthc.ir.masks.factors import Factor
+from depthc.ir.masks.masks import Mask, masks_of
 from depthc.ir.program import Call, Kv, On, Segment
+from depthc.ir.rows import varlen
 from depthc.ir.rows.execution import Cache
 from depthc.ir.rows.gather import Rows
+from depthc.ir.rows.packing import packable
 from depthc.ir.text.functions import walk
 from depthc.ir.tokens import TokenSet
 
@@ -35,10 +39,12 @@ class Region(Evaluator):
         carried = {name for call in found for name in call.reads[: self.program.blocks[call.block].carries]}
         made = {name for inner in inside for name in getattr(inner, "writes", ())}
         self.rows = (carried | made) if found else (set(op.reads) | made)
+        self.packed = tokens.ragged and all(packable(self.program.blocks[call.block]) for call in found)
 
     def enter(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values that the region may read, gathered where it reads them as rows."""
-        return {name: self.tokens.take(values[name]) if name in self.rows else values[name] for name in self.op.reads}
+        take = self.tokens.pack if self.packed else self.tokens.take
+        return {name: take(values[name]) if name in self.rows else values[name] for name in self.op.reads}
 
     def apply(self, op: Segment | Call, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Run a block on the rows; a segment of a region reads rows alone."""
@@ -48,7 +54,7 @@ class Region(Evaluator):
         block = self.program.blocks[op.block]
         carries = [values[name] for name in op.reads[: block.carries]]
         sides = [values[name] for name in op.reads[block.carries :]]
-        run_planned(self, op, carries, sides, values, indices, self.tokens)
+        run_planned(self, op, carries, sides, values, indices, self.tokens, self.packed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +73,12 @@ def run_planned(
     values: dict[str, Any],
     indices: Mapping[str, int],
     tokens: TokenSet | None = None,
+    packed: bool = False,
 ) -> None:
     """Apply a block to rows, with the slots of its plan as caches; writes its results into `values`."""
+    if tokens is not None and not tokens.width and len(carries) == len(op.writes):  # no token comes here
+        values.update(zip(op.writes, carries, strict=True))
+        return
     names = [indexed(plan.slot, indices) for plan in op.kv]
     plans = [settled(plan, name in evaluator.slots) for plan, name in zip(op.kv, names, strict=True)]
     given = [evaluator.slots[n] if p.mode in ("read", "update") else None for p, n in zip(plans, names, strict=True)]
@@ -82,11 +92,13 @@ def run_planned(
         op.consts,
         positions=rows.positions,
         valid=rows.valid,
+        slots=tokens.slots if tokens and packed else None,
         key_positions=keys.positions,
         key_valid=keys.valid,
         kv=plans,
         caches=[slot.cache if slot is not None else None for slot in given],
         ordered=True,
+        causal=_causal(evaluator, op) if packed and varlen.available(evaluator.device) else (),
         length=tokens.mask.shape[1] if tokens else None,
         training=evaluator.training,
         device=evaluator.device,
@@ -95,6 +107,11 @@ def run_planned(
         if plan.mode == "store" or (plan.mode == "update" and written.mode != "overlay"):
             evaluator.slots[name] = Slot(cache, keys if plan.mode == "update" else rows)
     values.update(zip(op.writes, results, strict=True))
+
+
+def _causal(evaluator: Evaluator, op: Call) -> tuple[bool, ...]:
+    """Of every port, whether its mask is causality and no more."""
+    return tuple(mask == Mask((Factor("causal"),)) for mask in masks_of(evaluator.program)[op])
 
 
 def settled(plan: Kv, filled: bool) -> Kv:

@@ -41,6 +41,11 @@ class TokenSet:
         """Whether it is known to hold every token."""
         return self.count is not None and self.count == self.mask.shape[1]
 
+    @property
+    def ragged(self) -> bool:
+        """Whether only the data tell how many members a batch row has; then its rows are better packed than padded."""
+        return self.count is None and self.most is None and self.mask.shape[0] > 1
+
     @_once
     def width(self) -> int:
         """The rows that a region on the set has for every row of the batch."""
@@ -59,6 +64,26 @@ class TokenSet:
     def valid(self) -> Tensor | None:
         """[batch, rows]: whether a row of `positions` is a member; None if all are."""
         return None if self.count is not None else self.mask.gather(1, self.positions)
+
+    @_once
+    def slots(self) -> Tensor:
+        """[members]: where each member is among the rows of `positions`, flattened."""
+        valid = torch.ones_like(self.positions, dtype=torch.bool) if self.valid is None else self.valid
+        return valid.flatten().nonzero()[:, 0]
+
+    @_once
+    def places(self) -> Tensor:
+        """[members]: where each member is among all tokens, flattened."""
+        return self.mask.flatten().nonzero()[:, 0]
+
+    def pack(self, stream: Tensor) -> Tensor:
+        """[1, members, ...]: the rows of the set in all batch rows of a stream [batch, tokens, ...]."""
+        return stream.flatten(0, 1)[self.places][None]
+
+    def unpack(self, stream: Tensor, packed: Tensor) -> Tensor:
+        """The stream with the set's rows replaced by packed ones; a new tensor."""
+        flat = stream.flatten(0, 1).index_put((self.places,), packed[0].to(stream.dtype))
+        return flat.unflatten(0, stream.shape[:2])
 
     def take(self, stream: Tensor, batch: int = 0, token: int = 1) -> Tensor:
         """The rows of the set, with the token axis where the stream has it."""

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from blocks import ILLEGAL, LEGAL, LENGTH, illegal_cases, inputs, legal_cases
+from blocks import ILLEGAL, LEGAL, illegal_cases, legal_cases
+from traced import LENGTH, inputs
 
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.errors import SubsetError

@@ -32,7 +32,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "tie": ("tie", TIED),
     "recursion": ("mor", {"std": 1.0}),
     "share_first": ("mor", {"std": 1.0, "kv": "share_first"}),
+    "packed": ("mor_token", {"std": 1.0}),
 }
+WHOLE = [name for name in RECIPES if name != "packed"]  # how many rows are packed depends on the data, also in training
 
 
 class OnStates(nn.Module):
@@ -116,8 +118,9 @@ QUICK = {("tie", "bodies", True, "states"), ("recursion", "bodies", True, "state
 CASES = [
     pytest.param(*case, id="-".join(map(str, case)), marks=[] if case in QUICK else pytest.mark.slow)
     for case in (
-        *itertools.product(RECIPES, ["bodies"], (True, False), ("tokens", "states")),
-        *itertools.product(RECIPES, ["whole"], (True, False), ["states"]),
+        *itertools.product(WHOLE, ["bodies"], (True, False), ("tokens", "states")),
+        *itertools.product(WHOLE, ["whole"], (True, False), ["states"]),
+        ("packed", "bodies", True, "states"),
     )
 ]
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from blocks import BATCH, HEAD, LENGTH, WIDTH, illegal_cases, inputs, legal_cases
+from blocks import illegal_cases, legal_cases
+from traced import BATCH, HEAD, LENGTH, WIDTH, inputs
 
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.caches import cached_of

@@ -10,12 +10,12 @@ import random
 from collections.abc import Callable
 
 import torch
-from blocks import BATCH, LENGTH, WIDTH, block_cases, draw
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from traced import BATCH, LENGTH, WIDTH, block_cases, draw
 
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.errors import SubsetError

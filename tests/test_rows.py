@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from blocks import BATCH, FOREIGN, LEGAL, LENGTH, WIDTH, Case, draw, inputs, legal_cases
+from blocks import LEGAL, legal_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
+from traced import BATCH, FOREIGN, LENGTH, WIDTH, Case, draw, inputs
 
 from depthc.ir.axes.caches import cached_of
 from depthc.ir.axes.ops import op_name

@@ -208,14 +208,16 @@ def test_everyone_at_full_depth_without_combining_is_the_tied_model() -> None:
 
 
 def test_only_tokens_that_are_as_deep_reach_the_products() -> None:
-    """A region has as many rows for every row of the batch as the longest of them needs."""
-    case = Case("llama")
+    """No row is there to fill up another: neither padding nor a token that left reaches a product."""
+    case = Case("llama", "padded")
     _, aux = case.found()
-    widths = [2 * int(route.chosen.sum(1).max()) for route in aux.routes]
-    assert widths[0] > widths[-1]
+    assert [len(set(route.chosen.sum(1).tolist())) > 1 for route in aux.routes[:2]] == [True, True]
+    chosen = [int(route.chosen.sum()) for route in aux.routes]
+    assert chosen[0] == case.real.sum() > chosen[-1]
+    everywhere = case.real.numel()
     seen = counted(case.found, case.model)
-    batch, length = case.real.shape
-    assert seen["down_proj"] == [batch * length, *(w for width in widths for w in [width, width]), batch * length]
+    for name in ("q_proj", "k_proj", "o_proj", "down_proj"):
+        assert seen[name] == [everywhere, *(rows for rows in chosen for _ in range(2)), everywhere], name
 
 
 def test_shares_that_are_not_numbers() -> None:

@@ -11,9 +11,11 @@ from torch import Tensor, fx
 from depthc.ir.axes.caches import Cached
 from depthc.ir.axes.labels import Label, kinds_in
 from depthc.ir.axes.ops import FILLS, Slot, map_operands, op_name
+from depthc.ir.rows import varlen
 from depthc.ir.rows.extents import Extents
 from depthc.ir.rows.fitting import Fitting
 from depthc.ir.rows.gather import Reader, Rows, append_rows, overwrite_rows
+from depthc.ir.rows.packing import PADDED, Packing
 from depthc.ir.rows.schedule import HERE, Frame, Schedule, Source
 
 Cache = tuple[Tensor, ...]
@@ -27,8 +29,10 @@ class Execution:
         feeds: the inputs of the body in order.
         caches: one a port.
         positions, valid: of the rows at hand.
+        slots: where packed rows are among the padded ones that `positions` and `valid` speak of; None: they are padded.
         keys: of the rows in the caches; their count is that of the cache.
         ordered: whether positions ascend.
+        causal: of every port, whether its mask is known to be causality and no more; empty: of none.
         length: the number of all tokens, if it is known.
     """
 
@@ -38,21 +42,25 @@ class Execution:
         feeds: Sequence[Any],
         caches: tuple[Cache | None, ...],
         positions: Tensor | None,
-        keys: Rows,
         valid: Tensor | None,
+        slots: Tensor | None,
+        keys: Rows,
         ordered: bool,
+        causal: Sequence[bool],
         length: int | None,
     ) -> None:
         body = schedule.axes.block.body
-        self.schedule, self.axes, self.caches = schedule, schedule.axes, caches
+        self.schedule, self.axes, self.caches, self.causal = schedule, schedule.axes, caches, causal
         self.feeds = dict(zip(body.placeholders, feeds, strict=True))
         self.full: dict[fx.Node, Any] = dict(self.feeds)
         self.values: dict[tuple[fx.Node, Frame], Any] = {}
         self.reads: dict[Any, Tensor] = {}
-        self.sizes = Extents(schedule, self.feeds, length)
+        self.packing = Packing.of(schedule.axes, positions, valid, slots)
+        self.sizes = Extents(schedule, self.feeds, length, self.packing)
         self.device = next((v for n, v in self.feeds.items() if n.meta["input"].name == "device"), None)
         self.frames = self.sizes.frames
-        self.frames[HERE] = Rows(self.sizes.rows, positions, valid)
+        self.frames[HERE] = self.packing.padded if self.packing else Rows(self.sizes.rows, positions, valid)
+        self.padded = PADDED if self.packing else HERE
         for port, source in enumerate(schedule.sources):
             if not schedule.ports[port].cross:
                 self.frames[port] = self._keys(port, source, keys)
@@ -81,7 +89,7 @@ class Execution:
             for made in self._step(node, frame):
                 self._renew(made, frame)
         results = self.axes.block.body.results
-        return tuple(self.values[n, HERE] if n in self.axes.moving else self.full[n] for n in results)
+        return tuple(self._value(n, HERE) if n in self.axes.moving else self.full[n] for n in results)
 
     def cache(self, port: int, stored: bool) -> Cache | None:
         """What a port caches after the run."""
@@ -90,7 +98,7 @@ class Execution:
             return None
         if self.schedule.ports[port].cross:
             return tuple(self.full[c.node] for c in members)
-        return tuple(self.values[c.node, HERE if source == "own" else port] for c in members)
+        return tuple(self._value(c.node, self.padded if source == "own" else port) for c in members)
 
     def _take_caches(self) -> None:
         for port, cache in enumerate(self.caches):
@@ -106,7 +114,8 @@ class Execution:
             for at, cached in enumerate(self.schedule.cached[port]):
                 if cached.node is node and source in ("append", "update"):
                     old = self.caches[port][at]  # type: ignore[index]
-                    self.values[node, port] = self._joined(cached, old, self.values[node, HERE], port, source)
+                    new = self._value(node, self.padded)
+                    self.values[node, port] = self._joined(cached, old, new, port, source)
 
     def _joined(self, cached: Cached, old: Tensor, new: Tensor, port: int, source: Source) -> Tensor:
         if source == "append":
@@ -115,12 +124,14 @@ class Execution:
         slots = here.index(new.device)
         if keys.positions is not None:
             slots = (keys.positions[:, None, :] == slots[:, :, None]).int().argmax(-1)
-        sizes = self.sizes.here(port, port), self.sizes.here(HERE, HERE)
+        sizes = self.sizes.here(port, port), self.sizes.here(HERE, self.padded)
         return overwrite_rows(old, new, cached.label, self.axes.batch, self.axes.token, slots, here.valid, sizes)
 
     def _step(self, node: fx.Node, frame: Frame) -> Iterable[fx.Node]:
         """Run an op; returns the nodes whose values are known now."""
         part = self.schedule.slices.get(node) if frame == HERE else None
+        if self.packing and frame == HERE and self._attends_packed(node):
+            return (node,)
 
         def operand(slot: Slot, source: fx.Node) -> Any:
             value = self._operand(node, slot, source, frame)
@@ -129,11 +140,38 @@ class Execution:
         args, kwargs = map_operands(node, operand)
         result = self.fitting.target(node, frame, args, kwargs)(*args, **kwargs)
         if part is None:
-            self.values[node, frame] = result
+            self.values[node, self._layout(node, frame)] = result
             return (node,)
         found = part.results(self.axes, result, self.sizes.here(HERE, HERE))
         self.values.update({(n, HERE): value for n, value in found.items()})
         return found
+
+    # Packed rows: attention reads and makes padded ones, all other ops packed ones.
+
+    def _layout(self, node: fx.Node, frame: Frame) -> Frame:
+        if frame != HERE or self.packing is None:
+            return frame
+        made = node.args[0] if op_name(node) == "python::getitem" else node  # of ops with several results
+        return PADDED if made in self.schedule.port_of else HERE
+
+    def _value(self, node: fx.Node, frame: Frame) -> Any:
+        """A value in a frame; packed rows are padded and padded ones packed where they are read so."""
+        if (node, frame) not in self.values and self.packing is not None:
+            packed, padded = self.sizes.here(HERE, HERE), self.sizes.here(HERE, PADDED)
+            move, source = (self.packing.pack, PADDED) if frame == HERE else (self.packing.pad, HERE)
+            self.values[node, frame] = move(self.values[node, source], self.axes.labels[node], packed, padded)
+        return self.values[node, frame]
+
+    def _attends_packed(self, node: fx.Node) -> bool:
+        """Run an attention op on packed rows, if the library's kernel for them takes it."""
+        assert self.packing is not None
+        if not (self.fitting.ordered and varlen.fits(self.schedule, node, self.causal)):
+            return False
+        rows = [self._value(source, HERE) for source in node.args[:3]]  # type: ignore[arg-type]
+        if not varlen.runs(*rows):
+            return False
+        self.values[node, HERE] = varlen.attend(node, rows, self.packing)
+        return True
 
     # Operands.
 
@@ -141,7 +179,7 @@ class Execution:
         if not isinstance(self.axes.labels.get(source), tuple | list):
             return self.sizes.number(source)
         if source in self.axes.moving:
-            return self.values[source, self.schedule.frame_of(node, slot, frame)]
+            return self._value(source, self._layout(node, self.schedule.frame_of(node, slot, frame)))
         label, port = self.axes.read(node, slot, source), self.schedule.port_of.get(node, HERE)
         if (node, slot) in self.axes.iotas:
             count = self.sizes.here(frame, port)(label[0])
@@ -164,7 +202,7 @@ class Execution:
             args, kwargs = map_operands(source, lambda _, n: self._whole(n))
             sizes = self.sizes.sizes(label, frame, port, args[0])
             return source.target(sizes, *args[1:], **kwargs)  # type: ignore[operator]
-        queries = self.frames[frame]
+        queries = self.sizes.packed if self.sizes.packed and frame == port == HERE else self.frames[frame]
         reader = Reader(self.axes.batch, queries, self.frames.get(port, queries), self.sizes.full, size)
         return reader.read(self.full[source], label, space)
 

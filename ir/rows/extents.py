@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from depthc.ir.axes.labels import Atom, Dim, Label
 from depthc.ir.axes.ops import map_operands
 from depthc.ir.rows.gather import Extent, Rows
+from depthc.ir.rows.packing import Packing
 from depthc.ir.rows.schedule import HERE, Frame, Schedule
 
 aten = torch.ops.aten
@@ -23,16 +24,20 @@ class Extents:
     Attributes:
         frames: the tokens that each frame holds.
         batch: rows of the batch.
+        packed: the rows outside of attention, where they are packed into a batch of one.
     """
 
-    def __init__(self, schedule: Schedule, feeds: dict[fx.Node, Any], length: int | None) -> None:
+    def __init__(
+        self, schedule: Schedule, feeds: dict[fx.Node, Any], length: int | None, packing: Packing | None = None
+    ) -> None:
         self.schedule, self.feeds, self._length = schedule, feeds, length
         self.frames: dict[Frame, Rows] = {}
         self._numbers: dict[fx.Node, Any] = {}
         axes = schedule.axes
         carry = axes.block.body.placeholders_of("value")[0]
         shape = dict(zip(axes.labels[carry], feeds[carry].shape, strict=True))
-        self.batch: int = shape.get((axes.batch,), 1)
+        self.batch: int = shape.get((axes.batch,), 1) if packing is None else packing.batch
+        self.packed = None if packing is None else packing.rows
         self.rows: int = shape[(axes.token,)]
         self._foreign: dict[Atom, int] = {}
         for node, d, atom, others in schedule.foreign:
@@ -54,6 +59,8 @@ class Extents:
         return shape
 
     def _atom(self, atom: Atom, frame: Frame, port: Frame) -> int:
+        if self.packed is not None and frame == port == HERE and atom.kind in ("batch", "token"):
+            return 1 if atom.kind == "batch" else self.packed.count
         size = self.here(frame, port)
         more = sum(map(size, (*atom.before, *atom.after)))
         match atom.kind:
@@ -110,7 +117,7 @@ class Extents:
 
     def _size(self, source: fx.Node, d: int) -> int:
         axes = self.schedule.axes
-        if source in axes.moving and axes.token in axes.labels[source][d]:
+        if source in axes.moving and {axes.batch, axes.token} & {*axes.labels[source][d]}:
             return self.full(axes.labels[source][d])
         return self.feeds[source].shape[d]
 

@@ -20,12 +20,14 @@ class Rows:
     """A set of tokens for every row of the batch.
 
     `positions` is [batch, count] (or [1, count] where they are equal), None for the first `count` tokens in order.
-    `valid` is [batch, count], None if all are.
+    `valid` is [batch, count], None if all are. Where the rows of all batch rows are packed into one,
+    `owners` [1, count] says which batch row each is of.
     """
 
     count: int
     positions: Tensor | None = None
     valid: Tensor | None = None
+    owners: Tensor | None = None
 
     def index(self, device: torch.device) -> Tensor:
         """Positions as a tensor."""
@@ -114,8 +116,10 @@ class Reader:
             places.reshape([places.shape[0], *shape[1:]]) for (_, places), shape in zip(picked, shapes, strict=True)
         ]
         if batch is not None:
-            count = x.shape[0]
-            index.insert(0, torch.arange(count, device=x.device).reshape([count] + [1] * len(picked)))
+            owners = self.queries.owners
+            if owners is None:
+                owners = torch.arange(x.shape[0], device=x.device)[:, None]
+            index.insert(0, owners.reshape([*owners.shape, *[1] * (len(picked) - 1)]))
         x = x[tuple(index)]
         kept = [atoms[d] for d in first] + [atoms[d] for d in rest]
         if batch is None and x.shape[0] == 1:

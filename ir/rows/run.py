@@ -32,8 +32,10 @@ def run_rows(
     kv: Sequence[Kv] = (),
     caches: Sequence[Cache | None] = (),
     valid: Tensor | None = None,
+    slots: Tensor | None = None,
     key_valid: Tensor | None = None,
     ordered: bool = False,
+    causal: Sequence[bool] = (),
     length: int | None = None,
     training: bool = False,
     device: torch.device | str | None = None,
@@ -50,9 +52,13 @@ def run_rows(
             replaced; `fresh` and `store` those at hand, after those of `caches` if there are any.
         caches: one a port, as an earlier call returned it; None where there is none.
         valid: [batch, rows]; rows that are not valid are never keys and are not written to caches.
+        slots: [members] where the carries are packed, [1, members, ...]: the places of the valid rows in [batch, rows],
+            flattened. Needs `positions` and `valid`, and a block that is `packable`; the results are packed too.
         key_valid: [batch, keys], the same of the keys in `caches`.
         ordered: promises that positions ascend in every batch row; then causal attention among the rows at hand keeps
             its flag, and its fast kernels.
+        causal: promises of every port that its mask is causality and no more; then attention on packed rows need not
+            read it.
         length: the number of all tokens, where no side input tells and the block computes with it.
         training, device: of the run; the device is that of the carry by default.
 
@@ -70,7 +76,8 @@ def run_rows(
     feeds = block.body.arrange(
         (*carries, *sides), params, consts, training=training, device=device or carries[0].device
     )
-    run = Execution(schedule, feeds, given, positions, Rows(0, key_positions, key_valid), valid, ordered, length)
+    keys = Rows(0, key_positions, key_valid)
+    run = Execution(schedule, feeds, given, positions, valid, slots, keys, ordered, causal, length)
     return run.results(), tuple(run.cache(port, own) for port, own in enumerate(stored))
 
 

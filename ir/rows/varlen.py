@@ -1,0 +1,78 @@
+"""Attention on packed rows by the library's kernel for sequences of unequal length (`torch.nn.attention.varlen`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from depthc.ir.axes.ops import argument
+from depthc.ir.rows.packing import Packing
+from depthc.ir.rows.schedule import Schedule
+
+LARGEST = 256  # features a head
+
+
+def available(device: torch.device) -> bool:
+    """Whether there is such a kernel for a device."""
+    return device.type == "cuda"
+
+
+def fits(schedule: Schedule, node: fx.Node, causal: Sequence[bool]) -> bool:
+    """Whether an op is attention among the rows at hand alone that the kernel can express.
+
+    Args:
+        causal: of every port, whether its mask is known to be causality and no more.
+    """
+    axes = schedule.axes
+    if axes.kinds.get(node) != "fused":
+        return False
+    port = schedule.port_of[node]
+    masked = argument(node, 3, "attn_mask") is not None and not _is_causal(causal, port)
+    masked = masked or argument(node, 4, "dropout_p", 0.0) != 0.0
+    plain = all(_is_plain(schedule, source) for source in node.args[:3])  # type: ignore[arg-type]
+    return schedule.sources[port] == "own" and not schedule.ports[port].cross and not masked and plain
+
+
+def _is_causal(causal: Sequence[bool], port: int) -> bool:
+    return bool(causal) and causal[port]
+
+
+def _is_plain(schedule: Schedule, source: fx.Node) -> bool:
+    """Whether a value is laid out as [batch, heads, tokens, features]."""
+    axes = schedule.axes
+    label = axes.labels[source]
+    if source not in axes.moving or len(label) != 4:
+        return False
+    return label[0] == (axes.batch,) and label[2] == (axes.token,)
+
+
+def runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel takes such tensors: half precision on CUDA, heads of one size, a multiple of 8."""
+    size = q.shape[-1]
+    fine = size == k.shape[-1] == v.shape[-1] and size % 8 == 0 and size <= LARGEST
+    return q.is_cuda and fine and _dtype(q) in (torch.float16, torch.bfloat16)
+
+
+def _dtype(q: Tensor) -> torch.dtype:
+    """What attention computes in: autocast knows the fused op, not the kernel."""
+    kind = q.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+
+
+def attend(node: fx.Node, rows: Sequence[Tensor], packing: Packing) -> Tensor:
+    """What an op that fits makes of packed queries, keys and values, [1, heads, members, features]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    heads = rows[0].shape[1]
+    q, k, v = (x[0].transpose(0, 1).to(_dtype(rows[0])) for x in rows)
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    ends = F.pad(packing.lengths.cumsum(0), (1, 0)).int()
+    most = packing.padded.count
+    causal = argument(node, 5, "is_causal", False) or argument(node, 3, "attn_mask") is not None
+    window = (-1, 0 if causal else -1)
+    scale = argument(node, 6, "scale", None)
+    out = varlen_attn(q, k, v, ends, ends, most, most, scale=scale, window_size=window)
+    return out.transpose(0, 1)[None]  # type: ignore[union-attr]
