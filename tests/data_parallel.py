@@ -11,6 +11,8 @@ from models import Spec, Stacked, ids, seeded
 from torch import Tensor, distributed, nn
 
 import depthc
+from depthc.runtime.balance import update
+from depthc.runtime.telemetry import report
 
 
 class Labelled(nn.Module):
@@ -32,6 +34,16 @@ def gradients(module: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     return {name.removeprefix("module."): p.grad.clone() for name, p in module.named_parameters()}
 
 
+def moved(rank: int) -> dict[str, Tensor]:
+    """How many tokens of a half chose each depth, and the bias that balances both halves after a step."""
+    half = ids(4, 9, seed=22)[2 * rank : 2 * rank + 2]  # neither half moves the bias as both together do
+    options = {"bias": True, "balance": 0.0, "std": 1.0}
+    chooser = depthc.compile(seeded(Labelled).train(), "mor_token", args=(ids(2, 9), ids(2, 9)), **options)
+    _, aux = chooser.forward_with_aux(half, half)
+    update(chooser, aux, rate=0.25)
+    return {"load": torch.tensor(report(aux).tokens_per_depth[1:]), "bias": chooser.parameter_of("depth.r.bias")}
+
+
 def main(rank: int, folder: Path) -> None:
     """Compile under a seed of the rank's own, then compare a step alone with a step of both."""
     model = seeded(Labelled).train()
@@ -47,6 +59,7 @@ def main(rank: int, folder: Path) -> None:
     left["plain"] = gradients(both, half)
     compiled.activation_checkpointing_enable()
     left["checkpointed"] = gradients(both, half)
+    left["balance"] = moved(rank)
     distributed.destroy_process_group()
     torch.save(left, folder / f"{rank}.pt")
 

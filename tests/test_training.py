@@ -382,3 +382,7 @@ def test_two_processes_are_the_mean_of_both(tmp_path: Path) -> None:
             mean = (one["alone"][name] + other["alone"][name]) / 2
             torch.testing.assert_close(grad, mean, rtol=1e-10, atol=1e-12, msg=name)
             assert not torch.equal(one["alone"][name], other["alone"][name])
+    loads = torch.stack([one["balance"]["load"], other["balance"]["load"]])
+    moves = [0.25 * (load.double().mean() - load).sign() for load in (loads.sum(0), *loads)]
+    assert all(torch.equal(rank["balance"]["bias"], moves[0].float()) for rank in (one, other))
+    assert not any(torch.equal(moves[0], alone) for alone in moves[1:])
