@@ -117,12 +117,13 @@ def _add_kinds(program: Program, ops: Sequence[Op | Segment], kinds: dict[str, K
             case Loop():
                 _add_kinds(program, op.body, kinds)
             case On():
-                inner = {name: kinds[name] for name in op.reads}
-                _add_kinds(program, op.body, inner)
-                kinds.update(dict.fromkeys(op.writes, "rows"))
-            case Select() | Merge():
-                _require_causal_rule(op)
+                _add_kinds(program, op.body, {name: kinds[name] for name in op.reads})
                 kinds.update(kinds_of(op, kinds))
+            case Select() | Merge():
+                found = kinds_of(op, kinds)
+                if not is_fixed(found):
+                    _require_causal_rule(op)
+                kinds.update(found)
             case Segment() | Call():
                 found = kinds_of(op, kinds)
                 if "rows" in found.values():
@@ -137,10 +138,21 @@ def kinds_of(op: Op, kinds: Mapping[str, Kind]) -> dict[str, Kind]:
             read = [kinds[name] for name in (op.score, op.judge, op.among, op.within) if name is not None]
             return {op.write: max(read, key=_ORDER.index)}
         case Merge():
-            return {op.write: "rows"}
+            fixed = all(kinds[name] == "fixed" for name in (op.read, op.value, op.tokens, *op.extra))
+            return {op.write: "fixed" if fixed else "rows"}
+        case On():
+            inner = {name: kinds[name] for name in op.reads}
+            for one in op.body:
+                inner.update(kinds_of(one, inner))
+            return {name: "fixed" if inner[name] == "fixed" else "rows" for name in op.writes}
         case Segment() | Call():
             return dict(zip(op.writes, _kinds_of(op, kinds), strict=True))
     raise TypeError(f"{type(op).__name__} writes no values of its own")
+
+
+def is_fixed(found: Mapping[str, Kind]) -> bool:
+    """Whether all that an op writes is computed once, from arguments that do not grow."""
+    return set(found.values()) <= {"fixed"}
 
 
 def _require_causal_rule(op: Select | Merge) -> None:

@@ -14,7 +14,7 @@ from depthc.ir.axes.caches import Cached, cached_of
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import IncrementalError
 from depthc.ir.evaluate import Evaluator, WeightParams, as_data, indexed, precision
-from depthc.ir.plans import Kind, Plan, as_block, kinds_of, token_dim
+from depthc.ir.plans import Kind, Plan, as_block, is_fixed, kinds_of, token_dim
 from depthc.ir.program import Block, Call, Kv, Loop, Merge, On, Op, Program, Segment, Select
 from depthc.ir.regions import settled
 from depthc.ir.rows.execution import Cache
@@ -58,6 +58,8 @@ class Steps:
                 case Loop():
                     for index in range(sizes.evaluate(op.count, indices)):
                         self.ops(op.body, f"{site}.{number}[{index}]", {**indices, op.index: index})
+                case _ if is_fixed(found := kinds_of(op, self.kinds)):
+                    self.fixed(op, found, indices)
                 case Select():
                     self.select(op, indices)
                 case On():
@@ -67,12 +69,18 @@ class Steps:
                 case Segment() | Call():
                     self.apply(op, f"{site}.{number}", indices)
 
+    def fixed(self, op: Op, found: Mapping[str, Kind], indices: Mapping[str, int]) -> None:
+        """Evaluate what no later token changes; once, with the prompt."""
+        if not self.past.length:
+            self.evaluator.ops((op,), self.values, indices)
+        self.kinds.update(found)
+
     def apply(self, op: Segment | Call, site: str, indices: Mapping[str, int]) -> None:
         """Run a segment or a block, on the new tokens if it is among the layers or behind them."""
         found = kinds_of(op, self.kinds)
         if "rows" in found.values():
             self.rows(op, site, indices)
-        elif "full" in found.values() or not self.past.length:
+        else:
             self.evaluator.apply(op, self.values, indices)
         self.kinds.update(found)
 

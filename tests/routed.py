@@ -44,7 +44,8 @@ def documents_of(rows: str) -> Tensor | None:
 
 
 def logits_of(out: Any) -> Tensor:
-    return out if isinstance(out, Tensor) else out.logits
+    """Logits, or the last states of a model without."""
+    return out if isinstance(out, Tensor) else out["logits" if "logits" in out else "last_hidden_state"]
 
 
 def weighted(logits: Tensor, real: Tensor) -> Tensor:

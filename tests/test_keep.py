@@ -90,7 +90,7 @@ def agree(case: Case) -> None:
 
 
 OTHERS = [kind for kind in oracles.KINDS if kind != "llama"]
-EVERY = [*OTHERS, oracles.ENCODER]
+EVERY = [*OTHERS, *oracles.ENCODERS]
 SCORES = ["norm", "last", "input_ids"]
 
 

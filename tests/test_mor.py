@@ -112,6 +112,7 @@ KV = ("recursion", "share_first", "update")
 
 
 OTHERS = [kind for kind in oracles.KINDS if kind != "llama"]
+EVERY = [*OTHERS, *oracles.ENCODERS]
 
 
 @pytest.mark.parametrize("rows", ["full", "padded"])
@@ -124,8 +125,8 @@ def test_top_k_is_the_oracle(kv: str, rows: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "kv", "rows"),
     [
-        *((kind, kv, "padded") for kind in OTHERS for kv in KV if kv != "update" or kind == "parallel"),
-        *((kind, "recursion", "full") for kind in OTHERS),
+        *((kind, kv, "padded") for kind in EVERY for kv in KV if kv != "update" or kind == "parallel"),
+        *((kind, "recursion", "full") for kind in EVERY),
     ],
 )
 def test_top_k_on_other_architectures(kind: str, kv: str, rows: str) -> None:
@@ -140,7 +141,7 @@ def test_threshold_is_the_oracle(kv: str, rows: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kv", "rows"), [("recursion", "padded"), ("share_first", "packed")])
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", EVERY)
 def test_threshold_on_other_architectures(kind: str, kv: str, rows: str) -> None:
     agree(Case(kind, rows, kv=kv, causal=True), backward=rows == "padded")
 

@@ -289,7 +289,7 @@ def test_keys_are_updated_to_those_of_the_recursion_where_all_are_active(kind: s
     assert gap(found["update"], found["share_first"]) > 1e-6
 
 
-@pytest.mark.parametrize("kind", ["llama", "hybrid", oracles.ENCODER])
+@pytest.mark.parametrize("kind", ["llama", "hybrid", *oracles.ENCODERS])
 @pytest.mark.parametrize("kv", ["recursion", "update"])
 def test_packed_documents_are_those_documents_alone(kind: str, kv: str) -> None:
     """When they choose apart, or by threshold; where the best of the row go on, one takes places of another."""

@@ -213,7 +213,7 @@ def test_a_padded_row_is_that_row_alone(kind: str, causal: bool) -> None:
                 assert torch.equal(ours[b, real], theirs[0])
 
 
-@pytest.mark.parametrize("kind", ["llama", "hybrid", oracles.ENCODER])
+@pytest.mark.parametrize("kind", ["llama", "hybrid", *oracles.ENCODERS])
 def test_packed_documents_are_those_documents_alone(kind: str) -> None:
     """When they choose apart; where the best of the row are taken, one document takes places of another."""
     inputs = oracles.inputs_of(kind, FULL, documents=DOCUMENTS)

@@ -222,7 +222,7 @@ def test_a_padded_row_is_that_row_alone(kind: str, kv: str) -> None:
 
 
 @pytest.mark.parametrize("kv", KV)
-@pytest.mark.parametrize("kind", ["llama", "hybrid", oracles.ENCODER])
+@pytest.mark.parametrize("kind", ["llama", "hybrid", *oracles.ENCODERS])
 def test_packed_documents_are_those_documents_alone(kind: str, kv: str) -> None:
     inputs, settings = oracles.inputs_of(kind, FULL, documents=DOCUMENTS), Settings(kv=kv)
     with Wide():

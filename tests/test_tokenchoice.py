@@ -91,7 +91,8 @@ def test_depths_are_the_oracles(kv: str, rows: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "kv"), [*((kind, "recursion") for kind in OTHERS), *(("parallel", kv) for kv in KV[1:])]
+    ("kind", "kv"),
+    [*((kind, "recursion") for kind in (*OTHERS, *oracles.ENCODERS)), *(("parallel", kv) for kv in KV[1:])],
 )
 def test_other_architectures(kind: str, kv: str) -> None:
     agree(Case(kind, "padded", kv=kv))

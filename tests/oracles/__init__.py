@@ -9,7 +9,7 @@ What all oracles share is here by name; each recipe that routes tokens is a modu
 
 from .attention import Key as Key
 from .attention import Visible as Visible
-from .kinds import ENCODER as ENCODER
+from .kinds import ENCODERS as ENCODERS
 from .kinds import KINDS as KINDS
 from .kinds import SHARED as SHARED
 from .kinds import build as build

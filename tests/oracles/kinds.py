@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from .decoders import Gemma2, Llama, Mixtral, NeoX
 from .encoder import Bert
-from .encoder_decoder import T5
+from .encoder_decoder import T5, T5Encoder
 from .post_norm import PostNorm, PostNormModel
 from .rows import LayerMath
 from .sizes import VOCAB, WIDTH, WINDOW
 
 KINDS = ("llama", "post_norm", "parallel", "encoder_decoder", "moe", "hybrid")  # decoders
-ENCODER = "encoder"
-
+ENCODER, RELATIVE_ENCODER = ENCODERS = ("encoder", "relative_encoder")  # of positions, of distances
 
 SHARED = {
     "vocab_size": VOCAB,
@@ -31,17 +30,19 @@ SHARED = {
 GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW, "attn_implementation": "eager"}
 GEMMA |= {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0}
 T5_SIZES = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_heads": 2, "use_cache": False}
-T5_SIZES |= {"num_layers": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+T5_SIZES |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
 FAMILIES: dict[str, tuple[type, str, dict[str, Any]]] = {
     "llama": (Llama, "Llama", SHARED),
     "parallel": (NeoX, "GPTNeoX", SHARED | {"rotary_pct": 0.5}),
-    "encoder_decoder": (T5, "T5", T5_SIZES),
+    "encoder_decoder": (T5, "T5", T5_SIZES | {"num_layers": 2}),
+    RELATIVE_ENCODER: (T5Encoder, "T5", T5_SIZES),
     "moe": (Mixtral, "Mixtral", SHARED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "hybrid": (Gemma2, "Gemma2", SHARED | GEMMA),
     ENCODER: (Bert, "Bert", {name: value for name, value in SHARED.items() if name != "num_key_value_heads"}),
 }
 
-HEADS = {"encoder_decoder": "ForConditionalGeneration", ENCODER: "ForMaskedLM"}
+HEADS = {"encoder_decoder": "ForConditionalGeneration", ENCODER: "ForMaskedLM", RELATIVE_ENCODER: "EncoderModel"}
+DEPTHS = {"encoder_decoder": "num_decoder_layers", RELATIVE_ENCODER: "num_layers"}
 
 
 def build(kind: str, layers: int = 8, seed: int = 0, noise: float = 0.2) -> nn.Module:
@@ -52,7 +53,7 @@ def build(kind: str, layers: int = 8, seed: int = 0, noise: float = 0.2) -> nn.M
             model: nn.Module = PostNormModel(layers)
         else:
             _, family, options = FAMILIES[kind]
-            options = options | {"num_decoder_layers" if kind == "encoder_decoder" else "num_hidden_layers": layers}
+            options = options | {DEPTHS.get(kind, "num_hidden_layers"): layers}
             head = HEADS.get(kind, "ForCausalLM")
             model = getattr(transformers, family + head)(getattr(transformers, f"{family}Config")(**options))
         model = model.double().eval()
@@ -97,5 +98,7 @@ def packed(kind: str, documents: Tensor) -> dict[str, Tensor]:
         return {"decoder_attention_mask": same.tril()[:, None]}
     if kind == "post_norm":
         return {"attention_mask": same}
+    if kind == RELATIVE_ENCODER:
+        return {"attention_mask": same[:, None]}
     positions = {"position_ids": same.tril().sum(-1) - 1}
     return positions | ({"attention_mask": same[:, None]} if kind == ENCODER else {})
