@@ -150,8 +150,7 @@ def seconds_of(run: Run, budget: float, report: Mapping[str, Any], door: str) ->
     if own:
         last = own[-1]
         return run.share * budget / last["flops"] * last["seconds"] + last["wall"] - last["seconds"]
-    speed = report["speed"].get(run.variant, {})
-    if door in speed:
-        found = speed[door]
+    speeds = [report["speed"].get(name, {}) for name in (run.variant, VARIANTS[run.variant].rate_of)]
+    for found in [speed[door] for speed in speeds if door in speed]:
         return run.share * budget / found["flops_per_second"] + found["made"] + found["evaluated"]
     return None

@@ -30,10 +30,11 @@ class Results:
         made_by = provenance(device)
         self.device = made_by["device"]
         own = {"settings": json.loads(json.dumps(asdict(settings))), "corpus": sha256}
-        self.report: dict[str, Any] = made_by | own | {"speed": {}, "runs": {}}
+        self.report: dict[str, Any] = {"speed": {}, "runs": {}}
         if path.exists():
             self.report = json.loads(path.read_text())
             self._require(own)
+        self.report = made_by | own | {name: self.report[name] for name in ("speed", "runs")}
 
     def _require(self, own: Mapping[str, Any]) -> None:
         """That the file's results are of this experiment."""
@@ -49,12 +50,15 @@ class Results:
                 found=", ".join(f"{name}={ours[name]}" for name in other),
                 remedy="give the same options, or another --out",
             )
-        self.report |= own
 
     @property
     def rows(self) -> dict[str, Any]:
         """Results by the name of the run."""
         return self.report["runs"]  # type: ignore[no-any-return]
+
+    def forget_failures(self) -> None:
+        """Drop runs that failed, so that they run again."""
+        self.report["runs"] = {name: row for name, row in self.rows.items() if "failed" not in row}
 
     def keep(self, name: str, row: Mapping[str, Any]) -> None:
         """Add a result."""

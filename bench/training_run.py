@@ -118,10 +118,15 @@ class Trainer:
         self.optimizer.step()
         return torch.cat([rows.double().mean()[None], self._most if self.cost.fixed else self.cost.spent(aux)])
 
+    @property
+    def _identity(self) -> str:
+        """What a checkpoint belongs to."""
+        return repr((self.run, self.settings, self.budget, len(self.batches.text)))
+
     def _save(self) -> None:
         """Write the checkpoint; to a neighbour first, so that it is whole or not there."""
         content = {
-            "run": asdict(self.run),
+            "of": self._identity,
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.batches.generator.get_state(),
@@ -133,9 +138,9 @@ class Trainer:
         fresh.replace(self.checkpoint)
 
     def _load(self) -> None:
-        """Go on where the checkpoint was written, if it is one of this run."""
+        """Go on where the checkpoint was written, if it is one of this very run."""
         content = torch.load(self.checkpoint, map_location=self.device)
-        if content["run"] != asdict(self.run):
+        if content["of"] != self._identity:
             return
         self.module.load_state_dict(content["module"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -153,8 +158,14 @@ class Trainer:
             "tokens": state.step * self.settings.read,
             "seconds": state.seconds,
             "tokens_per_second": statistics.median(state.speeds),
-            "curve": state.curve,
+            "curve": [(tokens, round(bits, 4)) for tokens, bits in thinned(state.curve)],
         }
+
+
+def thinned(curve: list[Any], most: int = 20) -> list[Any]:
+    """Some entries of a list, spread evenly, the last one among them."""
+    step = -(-len(curve) // most)
+    return curve[::-1][::step][::-1]
 
 
 def optimizer_of(module: DepthModule, rate: float) -> torch.optim.Optimizer:
