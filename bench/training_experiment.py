@@ -52,16 +52,17 @@ class Experiment:
         """Seconds until this call has to end."""
         return self.options.limit * (1 - RESERVE) - (time.perf_counter() - self.began)
 
-    def remaining(self) -> list[Run]:
-        """The runs to do, as far as they are known."""
+    def remaining(self, unknown: float | None = None) -> list[Run]:
+        """The runs to do, as far as they are known; `unknown` is a rate for those whose rate is not."""
         rows = self.results.rows
-        return [run for run in runs(self.settings, rows, self.options.only) if run.name not in rows]
+        return [run for run in runs(self.settings, rows, self.options.only, unknown) if run.name not in rows]
 
     def all(self) -> int:
         """Runs until they are done or time is up; the exit status."""
         while remaining := self.remaining():
             run = remaining[0]
-            wanted = seconds_of(run, self.budget, self.results.report, self.door)
+            ready = self.maker.holds(run.variant, self.door)
+            wanted = seconds_of(run, self.budget, self.results.report, self.door, ready)
             if wanted is not None and wanted > self.left() and not self._checkpoint(run).exists():
                 self.console.print(f"{run.name} takes {wanted:.0f} s and {self.left():.0f} s are left: run this again")
                 return 3
@@ -86,6 +87,7 @@ class Experiment:
         """One run's row; None if time was up before it was done."""
         began = time.perf_counter()
         module, compiled = self.maker.module(run.variant, run.seed, self.door)
+        made = time.perf_counter() - began
         trainer = Trainer(run, module, self.text["train"], self.settings, self.budget, self._checkpoint(run))
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -98,9 +100,10 @@ class Experiment:
         row = asdict(run) | {"kind": run.kind, "recipe": VARIANTS[run.variant].recipe.format(seed=run.seed)}
         row |= trainer.result() | {"peak_memory": peak, "compiled": compiled, "device": self.results.device}
         row |= {"parameters": parameters(module), "flops_per_token": trainer.cost.most / self.settings.read}
+        evaluation = time.perf_counter()
         row |= judged(module, run.variant, text, self.settings)
-        row["wall"] = time.perf_counter() - began
-        self.console.print(f"{run.name}: {row['causal']['bits']:.4f} bits a byte, {row['wall']:.0f} s")
+        row |= {"made": made, "evaluated": time.perf_counter() - evaluation}
+        self.console.print(f"{run.name}: {row['causal']['bits']:.4f} bits a byte, {time.perf_counter() - began:.0f} s")
         return row
 
     def measure(self) -> None:
@@ -134,12 +137,12 @@ class Experiment:
 
     def plan(self) -> None:
         """The runs that remain, with the seconds that each will take."""
-        total = 0.0
-        for run in self.remaining():
-            wanted = seconds_of(run, self.budget, self.results.report, self.door)
-            total += wanted or 0.0
+        total, before = 0.0, ""
+        for run in self.remaining(unknown=0.0):
+            wanted = seconds_of(run, self.budget, self.results.report, self.door, run.variant == before)
+            total, before = total + (wanted or 0.0), run.variant
             self.console.print(f"{run.name:24} {'not known: --measure' if wanted is None else f'{wanted:.0f} s'}")
-        self.console.print(f"in all {total:.0f} s, and what the sweeps decide on")
+        self.console.print(f"in all {total:.0f} s, and what a sweep may add")
 
     @contextmanager
     def _shown(self, run: Run) -> Iterator[Any]:

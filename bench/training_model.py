@@ -51,6 +51,7 @@ class Maker:
         ids = torch.zeros((2, settings.context), dtype=torch.int64)
         self._captured = depthc.capture(llama(settings, 0), kwargs={"input_ids": ids})
         self._held: tuple[tuple[str, str], DepthModule, str] | None = None
+        self._last: tuple[tuple[str, int], Program] | None = None
 
     def module(self, variant: str, seed: int, door: str = "eager") -> tuple[DepthModule, str]:
         """The module with the weights of a seed, ready for its first step, and what is compiled of it.
@@ -58,10 +59,11 @@ class Maker:
         Args:
             door: "bodies", if torch.compile is to compile the bodies; or "eager".
         """
-        if self._held is None or self._held[0] != (variant, door):
+        if not self.holds(variant, door):
             self._held = None  # frees the one before
             torch.compiler.reset()
             self._held = (variant, door), *self._made(variant, seed, door)
+        assert self._held is not None
         _, module, how = self._held
         program = self.program(variant, seed)
         with torch.no_grad():
@@ -70,11 +72,17 @@ class Maker:
         module.zero_grad(set_to_none=True)
         return module.train(), how
 
+    def holds(self, variant: str, door: str) -> bool:
+        """Whether a variant is compiled already."""
+        return self._held is not None and self._held[0] == (variant, door)
+
     def program(self, variant: str, seed: int) -> Program:
         """The rewritten program over the weights of a seed; its routers have that seed as well."""
-        weights = dict(llama(self.settings, seed).state_dict(keep_vars=True))
-        captured = self._captured.with_weights({**self._captured.weights, **weights})
-        return run_recipe(captured, recipe_of(VARIANTS[variant].recipe.format(seed=seed), {}))[0]
+        if self._last is None or self._last[0] != (variant, seed):
+            weights = {**self._captured.weights, **llama(self.settings, seed).state_dict(keep_vars=True)}
+            recipe = recipe_of(VARIANTS[variant].recipe.format(seed=seed), {})
+            self._last = (variant, seed), run_recipe(self._captured.with_weights(weights), recipe)[0]
+        return self._last[1]
 
     def _made(self, variant: str, seed: int, door: str) -> tuple[DepthModule, str]:
         """A module that has taken a step, so that rows are traced and bodies compiled.

@@ -100,10 +100,14 @@ class Run:
         return f"{self.variant}, seed {self.seed}" if self.kind == "final" else f"{self.variant} at {self.rate:g}"
 
 
-def runs(settings: Settings, rows: Rows, only: Collection[str] = ()) -> Iterator[Run]:
+def runs(settings: Settings, rows: Rows, only: Collection[str] = (), unknown: float | None = None) -> Iterator[Run]:
     """All runs as far as they are known: the sweeps, then final runs of the variants whose rate is chosen.
 
     Runs of one variant follow each other, so that it is compiled once.
+
+    Args:
+        only: the variants, if not all.
+        unknown: a rate for final runs of the others.
     """
     wanted = [name for name in VARIANTS if not only or name in only]
     swept = list(dict.fromkeys(VARIANTS[name].rate_of or name for name in wanted))
@@ -111,7 +115,7 @@ def runs(settings: Settings, rows: Rows, only: Collection[str] = ()) -> Iterator
         yield from sweep(name, settings, rows)
     for name in wanted:
         rate = best_rate(VARIANTS[name].rate_of or name, settings, rows)
-        if rate is not None:
+        if (rate := unknown if rate is None else rate) is not None:
             yield from (Run(name, seed, rate) for seed in range(settings.seeds))
 
 
@@ -143,14 +147,20 @@ def _best(tried: list[Run], rows: Rows) -> float | None:
     return min(losses, key=losses.__getitem__) if losses else None
 
 
-def seconds_of(run: Run, budget: float, report: Mapping[str, Any], door: str) -> float | None:
-    """How long a run will take, as far as results or measurements tell; None if nothing does."""
-    rows: Rows = report["runs"]
-    own = [row for row in rows.values() if row["variant"] == run.variant and "causal" in row]
+def seconds_of(run: Run, budget: float, report: Mapping[str, Any], door: str, ready: bool = False) -> float | None:
+    """How long a run will take, as far as results or measurements tell; None if nothing does.
+
+    Args:
+        budget: the operations of a final run.
+        ready: whether the variant is compiled already.
+    """
+    own = [row for row in report["runs"].values() if row["variant"] == run.variant and "causal" in row]
     if own:
-        last = own[-1]
-        return run.share * budget / last["flops"] * last["seconds"] + last["wall"] - last["seconds"]
-    speeds = [report["speed"].get(name, {}) for name in (run.variant, VARIANTS[run.variant].rate_of)]
-    for found in [speed[door] for speed in speeds if door in speed]:
-        return run.share * budget / found["flops_per_second"] + found["made"] + found["evaluated"]
-    return None
+        speed, made, evaluated = own[-1]["flops"] / own[-1]["seconds"], own[0]["made"], own[-1]["evaluated"]
+    else:
+        speeds = [report["speed"].get(name, {}) for name in (run.variant, VARIANTS[run.variant].rate_of)]
+        found = next((speed[door] for speed in speeds if door in speed), None)
+        if found is None:
+            return None
+        speed, made, evaluated = found["flops_per_second"], found["made"], found["evaluated"]
+    return float(run.share * budget / speed + evaluated + (0.0 if ready else made))

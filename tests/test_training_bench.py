@@ -128,8 +128,9 @@ def test_seconds_are_foretold_by_results_then_by_measurements() -> None:
     speed = {"mor": {"eager": {"flops_per_second": 10.0, "made": 3.0, "evaluated": 1.0}}}
     assert seconds_of(run, 100.0, {"runs": {}, "speed": {}}, "eager") is None
     assert seconds_of(run, 100.0, {"runs": {}, "speed": speed}, "eager") == 9.0
-    row = {"variant": "mor_token", "causal": {}, "flops": 20.0, "seconds": 4.0, "wall": 6.0}
-    assert seconds_of(run, 100.0, {"runs": {"x": row}, "speed": speed}, "eager") == 12.0
+    row = {"variant": "mor_token", "causal": {}, "flops": 20.0, "seconds": 4.0, "made": 1.5, "evaluated": 0.5}
+    known = {"runs": {"x": row}, "speed": speed}
+    assert [seconds_of(run, 100.0, known, "eager", ready) for ready in (False, True)] == [12.0, 10.5]
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
@@ -284,6 +285,13 @@ def test_every_variant_in_small(tmp_path: Path, data: bytes, capsys: pytest.Capt
     out = ["--out", str(tmp_path), "--checkpoints", str(tmp_path), "--device", "cpu", "--eager"]
     command = ["--corpus", str(path), "--sha256", corpus.split(data).sha256, "--tiny", *out]
     assert training.main([*command, "--measure", "--only", "mor"]) == 0
+    capsys.readouterr()
+    assert training.main([*command, "--plan"]) == 0
+    planned = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in planned[:-1]] == [
+        *(f"{name} at {rate:g}" for name in ("vanilla", "mor") for rate in TINY.rates),
+        *(f"{name}, seed 0" for name in VARIANTS),
+    ]
     assert training.main(command) == 0
     capsys.readouterr()
     assert training.main([*command, "--plan"]) == 0
