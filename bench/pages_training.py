@@ -16,7 +16,13 @@ def training(report: Report) -> str:
     rows = report["runs"].values()
     finals = [row for row in rows if row.get("kind") == "final"]
     by_variant = {row["variant"]: [other for other in finals if other["variant"] == row["variant"]] for row in finals}
-    parts = [origin(report), _about(report), _losses(by_variant), _routing(by_variant), _speed(by_variant)]
+    parts = [
+        origin(report),
+        _about(report),
+        _losses(by_variant),
+        _routing(by_variant),
+        _speed(by_variant, report["speed"]),
+    ]
     failed = [f"- {name}: {row['failed']}" for name, row in report["runs"].items() if "failed" in row]
     parts += [_sweep([row for row in rows if row.get("kind") != "final"])]
     return "\n\n".join([*parts, *(["Runs that failed:\n\n" + "\n".join(failed)] if failed else [])])
@@ -93,17 +99,27 @@ def _routing(variants: dict[str, list[Row]]) -> str:
     return markdown(head, lines)
 
 
-def _speed(variants: dict[str, list[Row]]) -> str:
+def _speed(variants: dict[str, list[Row]], measured: dict[str, Any]) -> str:
     lines = []
     for name, rows in variants.items():
         speed = _mean(rows, "tokens_per_second", form=",.0f")
+        eager = _mean([measured.get(name, {})], "eager", "tokens_per_second", form=",.0f")
         ran = f"{mean(row['flops_ran'] / row['flops'] for row in rows):.2f}x"
         memory = _mean(rows, "peak_memory", form=".1f", scale=1e-9)
         how = ", ".join(sorted({row["compiled"] for row in rows}))
         lines.append(
-            [name, how, speed, _mean(rows, "seconds", form=".0f"), _mean(rows, "steps", form=".0f"), ran, memory]
+            [name, how, speed, eager, _mean(rows, "seconds", form=".0f"), _mean(rows, "steps", form=".0f"), ran, memory]
         )
-    head = ["variant", "compiled", "bytes a second", "seconds", "steps", "operations that ran", "peak memory, GB"]
+    head = [
+        "variant",
+        "compiled",
+        "bytes a second",
+        "eager",
+        "seconds",
+        "steps",
+        "operations that ran",
+        "peak memory, GB",
+    ]
     return markdown(head, lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,11 +18,15 @@ import torch
 import training
 import training_experiment
 from rich.console import Console
+from training_eval import Routing, judged, windows
 from training_experiment import Experiment
-from training_model import Cost, Maker, loss_of
+from training_model import Cost, Maker, llama, loss_of
 from training_plan import TINY, VARIANTS, Run, Settings, best_rate, runs, seconds_of, sweep
 from training_report import Results, SettingsError
 from training_run import Trainer, schedule, thinned
+
+from depthc.codegen.aux import Aux
+from depthc.ir.tokens import TokenSet
 
 FILES = {f"pkg/{i % 60}/{i}.py": f"def f{i}(x):\n    return x * {i} + {i**3}\n".encode() * 9 for i in range(300)}
 
@@ -180,12 +185,14 @@ def test_resumed_is_as_uninterrupted(maker: Maker, tmp_path: Path, data: bytes, 
         assert torch.equal(parameter, weights[name]), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_not_taken(maker: Maker, tmp_path: Path, data: bytes) -> None:
     assert not trainer(maker, "vanilla", tmp_path / "one.pt", data).train(lambda: True, lambda *_: None)
     assert trainer(maker, "vanilla", tmp_path / "one.pt", data).state.step == TINY.every
     assert trainer(maker, "vanilla", tmp_path / "one.pt", data, 2e9).state.step == 0
 
 
+@pytest.mark.slow
 def test_variants_of_a_seed_begin_alike_and_read_the_same(maker: Maker, tmp_path: Path, data: bytes) -> None:
     first = trainer(maker, "mor", tmp_path / "a.pt", data)
     drawn = first.batches.next()
@@ -198,6 +205,7 @@ def test_variants_of_a_seed_begin_alike_and_read_the_same(maker: Maker, tmp_path
     assert not any(torch.equal(p, before[name]) for name, p in other.items() if p.dim() > 1 or "router" in name)
 
 
+@pytest.mark.slow
 def test_a_step_of_token_choice_costs_what_tokens_chose(maker: Maker, data: bytes) -> None:
     module, _ = maker.module("mor_token", 0)
     cost = Cost(module.program, TINY)
@@ -214,6 +222,42 @@ def test_a_step_of_token_choice_costs_what_tokens_chose(maker: Maker, data: byte
     assert spent == 3 * (everyone + sum(layer(tokens) for rows in sizes for tokens in rows))
     assert ran == 3 * (everyone + TINY.batch * sum(layer(max(rows)) for rows in sizes))
     assert spent < ran < cost.most
+
+
+# what came out
+
+
+@pytest.mark.slow
+def test_bits_are_those_of_the_model_on_windows_of_the_text(maker: Maker, data: bytes) -> None:
+    text = torch.frombuffer(bytearray(corpus.split(data).report), dtype=torch.uint8)
+    rows = windows(text, TINY)
+    assert rows.shape == (TINY.windows, TINY.context)
+    assert torch.equal(rows[1], text.view(-1)[: len(text) // 32 * 32].view(-1, 32)[-(-(len(text) // 32) // 8)])
+    found = judged(maker.module("vanilla", 0)[0], "vanilla", text, TINY)["causal"]
+    with torch.no_grad():
+        logits = llama(TINY, 0).eval()(input_ids=rows.long()).logits
+    each = torch.nn.functional.cross_entropy(logits[:, :-1].mT, rows[:, 1:].long(), reduction="none").mean(1)
+    assert found["bits"] == pytest.approx(each.mean().item() / math.log(2), rel=1e-5)
+    assert found["error"] == pytest.approx(each.std().item() / math.log(2) / math.sqrt(8), rel=1e-3)
+
+
+def test_routes_of_layers_that_choose_apart_are_counted() -> None:
+    def route(layer: int, logit: list[list[float]], chosen: list[list[int]]) -> dict[str, Any]:
+        sets = {"candidates": [[1, 1, 1]] * 2, "chosen": chosen}
+        taps: dict[str, Any] = {name: TokenSet(torch.tensor(rows).bool()) for name, rows in sets.items()}
+        return {f"route.mod.{layer}.{name}": tap for name, tap in (taps | {"logit": torch.tensor(logit)}).items()}
+
+    first = route(1, [[1.0, -1, -1], [1, 1, -1]], [[1, 0, 0], [1, 0, 0]])
+    second = route(3, [[1.0, -1, -1], [-1, -1, 1]], [[1, 0, 0], [0, 1, 0]])
+    routing = Routing()
+    routing.add(Aux(first | second))
+    assert routing.numbers() == {
+        "depths": pytest.approx([3 / 6, 2 / 6, 1 / 6]),
+        "dead": pytest.approx(3 / 6),
+        "dead_positions": pytest.approx(1 / 3),
+        "chosen": pytest.approx([2 / 6, 2 / 6]),
+        "accuracy": pytest.approx([5 / 6, 4 / 6]),
+    }
 
 
 # from end to end
