@@ -14,7 +14,7 @@ Row = dict[str, Any]
 def training(report: Report) -> str:
     """All tables, with what they are of."""
     rows = report["runs"].values()
-    finals = [row for row in rows if row.get("kind") == "final"]
+    finals = [row for row in rows if row["kind"] == "final" and "failed" not in row]
     by_variant = {row["variant"]: [other for other in finals if other["variant"] == row["variant"]] for row in finals}
     parts = [
         origin(report),
@@ -24,7 +24,7 @@ def training(report: Report) -> str:
         _speed(by_variant, report["speed"]),
     ]
     failed = [f"- {name}: {row['failed']}" for name, row in report["runs"].items() if "failed" in row]
-    parts += [_sweep([row for row in rows if row.get("kind") != "final"])]
+    parts += [_sweep([row for row in rows if row["kind"] == "sweep"])]
     return "\n\n".join([*parts, *(["Runs that failed:\n\n" + "\n".join(failed)] if failed else [])])
 
 
@@ -72,18 +72,8 @@ def _losses(variants: dict[str, list[Row]]) -> str:
         bits = [_mean(rows, "causal", "bits"), *each, *[""] * (seeds - len(each)), _mean(rows, "topk", "bits")]
         lines.append([name, *sizes, f"{rows[0]['rate']:g}", f"{cost / 1e6:.1f}", read, *bits])
     every = [f"seed {row}" for row in range(seeds)]
-    head = [
-        "variant",
-        "parameters",
-        "applied",
-        "rate",
-        "MFLOP a byte",
-        "MB read",
-        "bits a byte, causal",
-        *every,
-        "top-k",
-    ]
-    return markdown(head, lines)
+    head = "variant, parameters, applied, rate, MFLOP a byte, MB read, bits a byte".split(", ")
+    return markdown([*head, *every, "top-k"], lines)
 
 
 def _routing(variants: dict[str, list[Row]]) -> str:
@@ -110,16 +100,9 @@ def _speed(variants: dict[str, list[Row]], measured: dict[str, Any]) -> str:
         lines.append(
             [name, how, speed, eager, _mean(rows, "seconds", form=".0f"), _mean(rows, "steps", form=".0f"), ran, memory]
         )
-    head = [
-        "variant",
-        "compiled",
-        "bytes a second",
-        "eager",
-        "seconds",
-        "steps",
-        "operations that ran",
-        "peak memory, GB",
-    ]
+    head = "variant, compiled, bytes a second, eager, seconds, steps, operations that ran, peak memory in GB".split(
+        ", "
+    )
     return markdown(head, lines)
 
 

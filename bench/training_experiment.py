@@ -69,7 +69,7 @@ class Experiment:
             try:
                 row = self.one(run)
             except Exception as error:  # a run that diverges, or a device that gives up, is a result
-                row = {"variant": run.variant, "rate": run.rate, "failed": f"{type(error).__name__}: {error}"}
+                row = asdict(run) | {"kind": run.kind, "failed": f"{type(error).__name__}: {error}"}
                 self.results.keep(run.name, row)
                 self.console.print(f"{run.name} failed: {row['failed']}", markup=False)
                 return 1
