@@ -59,12 +59,11 @@ def main(given: Sequence[str] | None = None) -> int:
         results.forget_failures()
     experiment = Experiment(results, corpus, options, Console(highlight=False, soft_wrap=True))
     if options.measure:
-        experiment.measure()
-    elif options.plan:
+        return experiment.measure()
+    if options.plan:
         experiment.plan()
-    else:
-        return experiment.all()
-    return 0
+        return 0
+    return experiment.all()
 
 
 if __name__ == "__main__":

@@ -106,13 +106,20 @@ class Experiment:
         self.console.print(f"{run.name}: {row['causal']['bits']:.4f} bits a byte, {time.perf_counter() - began:.0f} s")
         return row
 
-    def measure(self) -> None:
-        """A short training of every variant through both doors; nothing is kept but how fast it was."""
-        for variant in VARIANTS:
-            if self.options.only and variant not in self.options.only:
-                continue
-            for door in ("eager", self.door) if self.door != "eager" else ("eager",):
+    def measure(self) -> int:
+        """A short training of every variant through both doors: how fast it is is all that is kept; the exit status."""
+        longest = 0.0
+        for variant in self.options.only or VARIANTS:
+            for door in dict.fromkeys(("eager", self.door)):
+                if door in self.results.report["speed"].get(variant, {}):
+                    continue
+                if longest > self.left():
+                    self.console.print(f"{self.left():.0f} s are left: run this again")
+                    return 3
+                began = time.perf_counter()
                 self.results.speed(variant, door, self._speed(variant, door))
+                longest = max(longest, time.perf_counter() - began)
+        return 0
 
     def _speed(self, variant: str, door: str) -> dict[str, Any]:
         began = time.perf_counter()
@@ -137,12 +144,15 @@ class Experiment:
 
     def plan(self) -> None:
         """The runs that remain, with the seconds that each will take."""
-        total, before = 0.0, ""
+        total, training, before = 0.0, 0.0, ""
         for run in self.remaining(unknown=0.0):
-            wanted = seconds_of(run, self.budget, self.results.report, self.door, run.variant == before)
-            total, before = total + (wanted or 0.0), run.variant
+            known = self.results.report, self.door, run.variant == before
+            wanted, before = seconds_of(run, self.budget, *known), run.variant
             self.console.print(f"{run.name:24} {'not known: --measure' if wanted is None else f'{wanted:.0f} s'}")
-        self.console.print(f"in all {total:.0f} s, and what a sweep may add")
+            if wanted is not None:
+                total, training = total + wanted, training + wanted - (seconds_of(run, 0.0, *known) or 0.0)
+        text = f"{self.settings.tokens / 1e6:g} million bytes: in all {total:.0f} s, {training:.0f} s of them to train"
+        self.console.print(f"{text}, and what a sweep may add")
 
     @contextmanager
     def _shown(self, run: Run) -> Iterator[Any]:

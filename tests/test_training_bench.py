@@ -284,7 +284,12 @@ def test_a_call_that_is_out_of_time_is_gone_on_with(
     one = experiment(tmp_path, data)
     assert one.all() == 0
     whole, one.results = one.results.rows, Results(tmp_path / "again.json", TINY, "x", "cpu")
+    assert one.measure() == 0
+    assert one.results.report["speed"].keys() == {"mor"}
     one.options.limit = 0.0
+    assert one.measure() == 0  # there is nothing left to measure
+    one.results.report["speed"].clear()
+    assert one.measure() == 3
     monkeypatch.setattr(training_experiment, "seconds_of", lambda *_: None)  # begin, whatever it takes
     calls = 0
     while one.all() == 3:
@@ -339,7 +344,7 @@ def test_every_variant_in_small(tmp_path: Path, data: bytes, capsys: pytest.Capt
     assert training.main(command) == 0
     capsys.readouterr()
     assert training.main([*command, "--plan"]) == 0
-    assert capsys.readouterr().out.startswith("in all 0 s")
+    assert capsys.readouterr().out.startswith("0.001024 million bytes: in all 0 s")
     report = json.loads((tmp_path / "training.json").read_text())
     assert report["speed"]["mor"]["eager"]["tokens_per_second"] > 0
     assert report["runs"].keys() == {f"{name} at {rate:g}" for name in ("vanilla", "mor") for rate in TINY.rates} | {
