@@ -1,4 +1,4 @@
-"""Tables of docs/measured.md, made from bench/results/: `python bench/pages.py`."""
+"""Tables of the pages, made from bench/results/: `python bench/pages.py`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from pages_training import training
+from tables import Report, markdown, origin
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "measured.md"
-
-Report = dict[str, Any]
-
-
-def origin(report: Report) -> str:
-    """What a table was measured on and how."""
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return f"{report['device']}, {versions}; `{report['command']}`."
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table; all columns but the first are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
 
 
 def cold(report: Report) -> str:
@@ -51,7 +39,10 @@ def agreement(report: Report) -> str:
     return f"{origin(report)}\n\n{markdown(['keys, precision', 'mor', 'the model', 'ratio'], rows)}"
 
 
-TABLES: dict[str, Callable[[Report], str]] = {"cold": cold, "agreement": agreement}
+TABLES: dict[str, dict[str, Callable[[Report], str]]] = {
+    "measured.md": {"cold": cold, "agreement": agreement},
+    "training.md": {"training": training},
+}
 
 
 def replaced(page: str, name: str, text: str) -> str:
@@ -61,14 +52,16 @@ def replaced(page: str, name: str, text: str) -> str:
     return f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}"
 
 
-def current() -> str:
-    """The page as its results have it."""
-    page = PAGE.read_text()
-    for name, table in TABLES.items():
-        page = replaced(page, name, table(json.loads((RESULTS / f"{name}.json").read_text())))
-    return page
+def current(page: str) -> str:
+    """A page as its results have it; where there are none yet, it stays as it is."""
+    text = (DOCS / page).read_text()
+    for name, table in TABLES[page].items():
+        if (RESULTS / f"{name}.json").exists():
+            text = replaced(text, name, table(json.loads((RESULTS / f"{name}.json").read_text())))
+    return text
 
 
 if __name__ == "__main__":
-    PAGE.write_text(current())
+    for page in TABLES:
+        (DOCS / page).write_text(current(page))
     sys.exit()
