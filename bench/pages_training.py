@@ -94,15 +94,11 @@ def _speed(variants: dict[str, list[Row]], measured: dict[str, Any]) -> str:
     for name, rows in variants.items():
         speed = _mean(rows, "tokens_per_second", form=",.0f")
         eager = _mean([measured.get(name, {})], "eager", "tokens_per_second", form=",.0f")
-        ran = f"{mean(row['flops_ran'] / row['flops'] for row in rows):.2f}x"
         memory = _mean(rows, "peak_memory", form=".1f", scale=1e-9)
         how = ", ".join(sorted({row["compiled"] for row in rows}))
-        lines.append(
-            [name, how, speed, eager, _mean(rows, "seconds", form=".0f"), _mean(rows, "steps", form=".0f"), ran, memory]
-        )
-    head = "variant, compiled, bytes a second, eager, seconds, steps, operations that ran, peak memory in GB".split(
-        ", "
-    )
+        length = [_mean(rows, "seconds", form=".0f"), _mean(rows, "steps", form=".0f")]
+        lines.append([name, how, speed, eager, *length, memory])
+    head = "variant, compiled, bytes a second, eager, seconds, steps, peak memory in GB".split(", ")
     return markdown(head, lines)
 
 

@@ -133,8 +133,7 @@ def wait(device: str) -> None:
 class Cost:
     """The floating-point operations of a training step on a batch: three times the closed form of a forward.
 
-    Where tokens choose their depth, each row of the batch counts for what its own tokens chose. What ran is more:
-    every row has as many rows as the longest one.
+    Where tokens choose their depth, each row of the batch counts for what its own tokens chose.
 
     Attributes:
         most: operations of a step in which every token is as deep as any may be.
@@ -151,9 +150,9 @@ class Cost:
         self.most = self.rows * float(self._of_row(*[settings.context] * count))
 
     def spent(self, aux: Aux) -> Tensor:
-        """[operations for what tokens chose, operations that ran] of one step, where steps differ."""
+        """The operations of one step, where steps differ."""
         sizes = [route.chosen.sum(1).double() for route in aux.routes]  # [recursion][row]
-        return torch.stack([self._of_row(*sizes).sum(), self._of_row(*[size.max() for size in sizes]) * self.rows])
+        return self._of_row(*sizes).sum()  # type: ignore[no-any-return]
 
 
 def parameters(module: DepthModule) -> dict[str, int]:

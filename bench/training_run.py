@@ -38,7 +38,7 @@ class State:
     """How far a training is.
 
     Attributes:
-        spent: operations for what tokens chose; `ran`: operations that ran, rows that only fill up included.
+        spent: operations, of what tokens chose.
         seconds: of training, until the device was done.
         curve: [tokens read, mean loss of the steps since the last entry, in bits a byte].
         speeds: tokens a second between two looks at the loss.
@@ -46,7 +46,6 @@ class State:
 
     step: int = 0
     spent: float = 0.0
-    ran: float = 0.0
     seconds: float = 0.0
     curve: list[tuple[int, float]] = field(default_factory=list)
     speeds: list[float] = field(default_factory=list)
@@ -65,7 +64,7 @@ class Trainer:
         self.run, self.module, self.settings, self.device = run, module, settings, text.device.type
         self.budget, self.checkpoint = run.share * budget, checkpoint
         self.cost, self.batches, self.state = Cost(module.program, settings), Batches(text, settings, run.seed), State()
-        self._most = torch.full((2,), self.cost.most, dtype=torch.float64, device=text.device)
+        self._most = torch.tensor(self.cost.most, dtype=torch.float64, device=text.device)
         self.optimizer = optimizer_of(module, run.rate)
         if checkpoint.exists():
             self._load()
@@ -93,17 +92,17 @@ class Trainer:
         """A few steps, and a look at what they cost and at the loss."""
         began, state, each = time.perf_counter(), self.state, self._step_cost
         first, estimate = state.step, state.spent
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, spent, ran
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, spent
         while state.step < first + self.settings.every and not estimate + each / 2 > self.budget:
             totals += self._step(estimate / self.budget)
             state.step += 1
             estimate += each
-        loss, spent, ran = totals.tolist()
+        loss, spent = totals.tolist()
         wait(self.device)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is not a number at step {state.step}")
         seconds, steps = time.perf_counter() - began, state.step - first
-        state.spent, state.ran, state.seconds = state.spent + spent, state.ran + ran, state.seconds + seconds
+        state.spent, state.seconds = state.spent + spent, state.seconds + seconds
         state.curve.append((state.step * self.settings.read, loss / steps / math.log(2)))
         state.speeds.append(steps * self.settings.read / seconds)
 
@@ -116,7 +115,7 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()
-        return torch.cat([rows.double().mean()[None], self._most if self.cost.fixed else self.cost.spent(aux)])
+        return torch.stack([rows.double().mean(), self._most if self.cost.fixed else self.cost.spent(aux)])
 
     @property
     def _identity(self) -> str:
@@ -153,7 +152,6 @@ class Trainer:
         return {
             "budget": self.budget,
             "flops": state.spent,
-            "flops_ran": state.ran,
             "steps": state.step,
             "tokens": state.step * self.settings.read,
             "seconds": state.seconds,
