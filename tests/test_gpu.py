@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import oracles
 import pytest
 import torch
 from torch import Tensor, nn
 
 import depthc
-from depthc.codegen.module import DepthModule
+from depthc.codegen.module import DepthModule, lower
+from depthc.ir.rows import varlen
 
 from .models import Spec, Stacked, ids, seeded
 
@@ -68,3 +70,80 @@ def test_compiled_by_inductor() -> None:
     module.compile()
     for name, tensor in judged(module, ids(3, 9).cuda()).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4, msg=name)
+
+
+# Packed rows: attention by the library's kernel.
+
+
+def chooser(model: nn.Module, device: str) -> DepthModule:
+    """Token choice on sequences whose tokens go to unequal depths."""
+    tokens = oracles.inputs_of("llama", torch.ones(3, 12, dtype=torch.bool))["input_ids"].to(device)
+    return depthc.compile(model.to(device), "mor_token", kwargs={"input_ids": tokens}, std=1.0).train()
+
+
+def judged_bf16(module: DepthModule, device: str, cast: bool) -> Tensor:
+    """Logits and gradients of a step one behind the other; in bf16, or in fp32 under autocast to it."""
+    tokens = oracles.inputs_of("llama", torch.ones(3, 12, dtype=torch.bool))["input_ids"].to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=cast):
+        logits = module(input_ids=tokens).logits
+    module.zero_grad()
+    logits.float().pow(2).mean().backward()
+    return torch.cat([t.detach().float().flatten() for t in (logits, *(p.grad for p in module.parameters()))])
+
+
+def packed_against_padded(monkeypatch: pytest.MonkeyPatch, device: str, cast: bool, compile: bool = False) -> None:
+    from torch.nn.attention import varlen as library
+
+    calls, kernel = [], library.varlen_attn
+
+    def counted(*args: object, **options: object) -> object:
+        calls.append(args)
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(library, "varlen_attn", counted)
+    dtype = torch.float32 if cast else torch.bfloat16
+    module = chooser(oracles.build("llama").to(dtype), device)
+    assert not calls
+    found = judged_bf16(module, device, cast)
+    assert calls
+    if compile:
+        module.compile()
+        found = judged_bf16(module, device, cast)
+    monkeypatch.setattr(varlen, "available", lambda device: False)
+    monkeypatch.setattr(varlen, "runs", lambda *rows: False)
+    again = lower(module.program).train()
+    expected = judged_bf16(again, device, cast)
+    assert (found - expected).norm() / expected.norm() < 2e-2  # two orders of sums, each rounded to bf16
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_packed_rows_are_padded_ones(cast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_against_padded(monkeypatch, "cuda", cast)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:TensorFloat32")
+def test_packed_rows_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    packed_against_padded(monkeypatch, "cuda", cast=True, compile=True)
+
+
+def test_token_choice_is_that_of_the_cpu() -> None:
+    """In fp32, which the kernel does not take."""
+    model: nn.Module = seeded(lambda: Stacked(Spec(depth=8, sides=("rotary",))))
+    here, there = (
+        depthc.compile(copy.deepcopy(model).to(device), "mor_token", args=(ids().to(device),), std=1.0)
+        for device in ("cpu", "cuda")
+    )
+    found, expected = judged(there, ids(3, 9).cuda()), judged(here, ids(3, 9))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=TOLERANCE, atol=TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("recipe", ["mod", "keep(capacities=(1.0, 0.5))"])
+def test_layers_on_some_tokens_are_those_of_the_cpu(recipe: str) -> None:
+    model: nn.Module = seeded(lambda: Stacked(Spec(depth=2, sides=("rotary",))))
+    here, there = (
+        depthc.compile(copy.deepcopy(model).to(device), recipe, args=(ids().to(device),)).eval()
+        for device in ("cpu", "cuda")
+    )
+    torch.testing.assert_close(there(ids(3, 9).cuda()).cpu(), here(ids(3, 9)), rtol=TOLERANCE, atol=TOLERANCE)
