@@ -45,15 +45,15 @@ HEADS = {"encoder_decoder": "ForConditionalGeneration", ENCODER: "ForMaskedLM", 
 DEPTHS = {"encoder_decoder": "num_decoder_layers", RELATIVE_ENCODER: "num_layers"}
 
 
-def build(kind: str, layers: int = 8, seed: int = 0, noise: float = 0.2) -> nn.Module:
-    """A tiny model in fp64, in eval mode, with no two parameters equal; caches off."""
+def build(kind: str, layers: int = 8, seed: int = 0, noise: float = 0.2, **sizes: int) -> nn.Module:
+    """A tiny model in fp64, in eval mode, with no two parameters equal; caches off. `sizes` are for its config."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind == "post_norm":
             model: nn.Module = PostNormModel(layers)
         else:
             _, family, options = FAMILIES[kind]
-            options = options | {DEPTHS.get(kind, "num_hidden_layers"): layers}
+            options = options | {DEPTHS.get(kind, "num_hidden_layers"): layers} | sizes
             head = HEADS.get(kind, "ForCausalLM")
             model = getattr(transformers, family + head)(getattr(transformers, f"{family}Config")(**options))
         model = model.double().eval()
