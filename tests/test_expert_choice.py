@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import depthc
 from depthc.codegen.module import DepthModule
 from depthc.ir.errors import RecipeError
 from depthc.ir.evaluate import run
+from depthc.ir.program import Block
+from depthc.ir.rows.run import run_rows
 from depthc.ir.selection import STAGES
 
 from .models import Spec, Stacked, ids, seeded
@@ -153,3 +156,23 @@ def test_options_that_do_not_fit(options: dict[str, object], message: str) -> No
     with pytest.raises(RecipeError, match=message) as caught:
         make(**options)
     assert caught.value.remedy
+
+
+def test_routers_stay_fp32_under_autocast_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, tokens = make(router="mlp").eval(), ids(2, 6)
+    lengths = []
+
+    def judged(block: Block, carries: list[Tensor], *rest: Any, **options: Any) -> Any:
+        found = run_rows(block, carries, *rest, **options)
+        if block.name == "router":
+            with torch.autocast("cpu", enabled=False):
+                ((exact,), _) = run_rows(block, [carry.float() for carry in carries], *rest, **options)
+            assert torch.equal(found[0][0], exact)
+            lengths.append(exact.shape[1])
+        return found
+
+    monkeypatch.setattr("depthc.ir.steps.run_rows", judged)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        _, past = module.program.start(tokens[:, :4])
+        module.program.step(past, tokens[:, 4:])
+    assert lengths == [4] * 3 + [2] * 3
