@@ -136,18 +136,27 @@ def test_operations_fall_as_capacities_say() -> None:
 
 
 def test_sets_whose_size_the_data_decide_are_symbols() -> None:
-    """Of token choice, one for every recursion; with the sizes of a run they count what runs."""
+    """Of token choice, one for every recursion: the tokens of a sequence that are as deep.
+
+    Sequences of unequal depth run packed: attention is padded to the longest, all else are the tokens themselves.
+    """
     program = run_recipe(captured("llama")[1], recipe_of("mor_token", {"std": 1.0}))[0]
     module = lower(program).eval()
     inputs = oracles.inputs_of("llama", torch.ones(BATCH, LENGTH, dtype=torch.bool))
     expected = counted(module, inputs)
     with oracles.Wide(), torch.no_grad():
         routes = module.forward_with_aux(**inputs)[1].routes
-    rows = {f"chosen_{r}": int(route.chosen.sum(1).max()) for r, route in enumerate(routes)}
-    assert len(set(rows.values())) > 1
+    sizes = {sympy.Symbol(f"chosen_{r}"): route.chosen.sum(1).tolist() for r, route in enumerate(routes)}
+    assert any(len(set(each)) > 1 for each in sizes.values())
     found = flops(program, masked=False)
-    assert {str(symbol) for symbol in found.free_symbols} == {"b", "s", *rows}
-    assert found.subs({"b": BATCH, "s": LENGTH, **rows}) == expected
+    assert {str(symbol) for symbol in found.free_symbols} == {"b", "s", *map(str, sizes)}
+    whole = 0
+    for powers, factor in sympy.Poly(found.subs({"b": 1, "s": LENGTH}), *sizes).terms():
+        each = [rows for rows, power in zip(sizes.values(), powers, strict=True) if power]
+        assert [power for power in powers if power] in ([], [1], [2])
+        rows = BATCH if not each else BATCH * max(each[0]) ** 2 if 2 in powers else sum(each[0])
+        whole += factor * rows
+    assert whole == expected
 
 
 @pytest.mark.slow
