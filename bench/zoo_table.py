@@ -19,7 +19,9 @@ HEADINGS = {
     "train": "identity, train",
     "text": "parse(print)",
     "lines": "lines",
-    "mor": "MoR, one step",
+    "mor": "MoR, expert choice",
+    "mor_token": "MoR, token choice",
+    "mod": "MoD",
 }
 
 
