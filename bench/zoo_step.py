@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from depthc.ir.settle import settle
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipe import Recipe
 
-PROMISE = 0.01  # the share of the loss that a step takes off to first order: gradients differ by orders of magnitude
+PROMISES = (0.01, 0.001)  # shares of the loss that a step takes off to first order: gradients differ by much in size
 
 
 @dataclass(frozen=True)
@@ -98,25 +98,40 @@ class Step:
 def train_once(subject: Subject, routed: DepthModule, whole: DepthModule, check: Callable[[Tensor, Aux], None]) -> Step:
     """Take one step with all parameters, and compare losses under equal random state.
 
-    `check` looks at the model's own loss before the step, and at the routes.
+    `check` looks at the model's own loss before the step, and at the routes. Where another choice of tokens begins, the
+    loss jumps, and a gradient says nothing of that: a step that changes a choice and does not help gets a shorter one.
     """
-    before, aux = subject.loss(routed)
-    check(before, aux)
-    start = (before + aux.loss).item()
-    _descend(routed, before + aux.loss)
+    loss, before = subject.loss(routed)
+    check(loss, before)
+    loss = loss + before.loss
+    loss.backward()
+    held = {p: p.detach().clone() for p in routed.parameters() if p.grad is not None}
+    for promise in PROMISES:
+        _descend(held, promise * loss.item())
+        step = _look(subject, routed, whole, loss.item())
+        if step.end < step.start:
+            return step
+        if _same_choices(before, step.aux):
+            break
+    raise Unmet(f"the loss went from {step.start:.4g} to {step.end:.4g}")
+
+
+def _look(subject: Subject, routed: DepthModule, whole: DepthModule, start: float) -> Step:
+    """The loss and the products of a forward."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        after, aux = subject.loss(routed)
+        loss, aux = subject.loss(routed)
     with torch.no_grad(), FlopCounterMode(display=False) as all_of_it:
         whole(*subject.args, **subject.kwargs)
-    end, share = (after + aux.loss).item(), counter.get_total_flops() / all_of_it.get_total_flops()
-    if not end < start:
-        raise Unmet(f"the loss went from {start:.4g} to {end:.4g}")
-    return Step(start, end, share, aux)
+    return Step(start, (loss + aux.loss).item(), counter.get_total_flops() / all_of_it.get_total_flops(), aux)
 
 
-def _descend(module: DepthModule, loss: Tensor) -> None:
-    """One step of gradient descent, of a length that takes PROMISE of the loss off if the loss is straight."""
-    loss.backward()
-    parameters = [p for p in module.parameters() if p.grad is not None]
-    square = sum(float(p.grad.square().sum()) for p in parameters)  # type: ignore[union-attr]
-    torch.optim.SGD(parameters, lr=PROMISE * loss.item() / square).step()
+@torch.no_grad()
+def _descend(held: Mapping[nn.Parameter, Tensor], less: float) -> None:
+    """One step of gradient descent from held values, of a length that takes `less` off the loss if that is straight."""
+    square = sum(float(p.grad.square().sum()) for p in held)  # type: ignore[union-attr]
+    for p, value in held.items():
+        p.copy_(value - less / square * p.grad)  # type: ignore[operator]
+
+
+def _same_choices(one: Aux, other: Aux) -> bool:
+    return all(torch.equal(a.chosen, b.chosen) for a, b in zip(one.routes, other.routes, strict=True))

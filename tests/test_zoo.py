@@ -79,9 +79,27 @@ def test_layers_that_attend_are_routed_where_others_cannot_be() -> None:
 
 @RECIPES
 def test_a_step_that_does_not_help_is_a_failure(check: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo_step, "PROMISE", 0.0)
+    monkeypatch.setattr(zoo_step, "PROMISES", (0.0,))
     with pytest.raises(Unmet, match="the loss went"):
         run(check, stack())
+
+
+def test_a_step_is_shorter_where_it_changes_a_choice_and_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uphill no step helps: the second is taken where the first has changed a choice, and only there."""
+    lengths: list[float] = []
+    descend = zoo_step._descend
+
+    def recorded(held: dict, less: float) -> None:
+        lengths.append(less)
+        descend(held, less)
+
+    monkeypatch.setattr(zoo_step, "_descend", recorded)
+    for first, steps in ((-10.0, 2), (-1e-6, 1)):
+        monkeypatch.setattr(zoo_step, "PROMISES", (first, -1e-6))
+        lengths.clear()
+        with pytest.raises(Unmet, match="the loss went"):
+            run(zoo_recipes.mod, stack())
+        assert len(lengths) == steps
 
 
 def test_an_identity_that_is_none_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
