@@ -7,12 +7,12 @@ Each takes the captured program, the model, and the example inputs, and returns 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from compare import without_cache
-from precision import widen
+from precision import widen_inputs, widen_program
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -23,7 +23,7 @@ from depthc.ir.body import Body
 from depthc.ir.errors import SubsetError
 from depthc.ir.evaluate import Evaluator, WeightParams
 from depthc.ir.masks.masks import masks_of
-from depthc.ir.program import Block, Call, Loop, Op, Program, Segment, Stack
+from depthc.ir.program import Block, Call, Program
 from depthc.ir.rows.run import run_rows
 
 aten = torch.ops.aten
@@ -115,12 +115,8 @@ def subset(program: Program, model: nn.Module, args: tuple, kwargs: dict) -> str
     Return the largest difference to the full layer with the unselected keys masked, over all layers. Where a layer
     cannot run on a subset, say which of its spans can, or raise its reason.
     """
-    wide = _widened(program)
-    arguments = pytree.tree_map(
-        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, (args, kwargs)
-    )
     worst, whole, refusal = 0.0, True, None
-    for layer in applications(wide, *arguments):
+    for layer in applications(widen_program(program), *widen_inputs(args, kwargs)):
         spans = legal_spans(layer.block)
         try:
             analyse(layer.block).require_legal()
@@ -211,41 +207,3 @@ def _masked_scores(x: Tensor, keep: Tensor) -> Tensor:
     if x.dim() == 3:
         keep = keep.expand(-1, x.shape[0] // keep.shape[0], -1, -1).reshape(x.shape)
     return x.masked_fill(~keep, torch.finfo(x.dtype).min)
-
-
-def _widened(program: Program) -> Program:
-    """The program with every float in it, and every weight, in fp64."""
-
-    def op(item: Op) -> Op:
-        if isinstance(item, Segment):
-            return replace(item, body=widen(item.body))
-        return replace(item, body=tuple(map(op, item.body))) if isinstance(item, Loop) else item
-
-    def top(item: Segment | Stack) -> Segment | Stack:
-        return replace(item, ops=tuple(map(op, item.ops))) if isinstance(item, Stack) else op(item)  # type: ignore[return-value]
-
-    leaves = [
-        replace(leaf, type=replace(leaf.type, dtype=torch.float64)) if _is_float(leaf) else leaf
-        for leaf in program.signature.inputs
-    ]
-    return replace(
-        program,
-        signature=replace(program.signature, inputs=tuple(leaves)),
-        blocks={name: replace(block, body=widen(block.body)) for name, block in program.blocks.items()},
-        body=tuple(map(top, program.body)),
-        weights={name: _wide(weight.detach()) for name, weight in program.weights.items()},
-    )
-
-
-def _is_float(leaf: Any) -> bool:
-    return leaf.type is not None and leaf.type.dtype.is_floating_point
-
-
-def _wide(weight: Tensor) -> Tensor:
-    return (
-        weight.double()
-        if weight.is_floating_point()
-        else weight.to(torch.complex128)
-        if weight.is_complex()
-        else weight
-    )

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import zoo_checks
-import zoo_mor
+import zoo_recipes
 from architectures import ZOO, Architecture
 from compare import cut, difference, gradients, rows_difference, without_cache
 from torch import nn
@@ -178,7 +178,9 @@ CHECKS: dict[str, Check] = {
     "train": Check(lambda case: identity(case, training=True), 1e-6),
     "text": Check(text),
     "lines": Check(lines),
-    "mor": Check(layer_check(zoo_mor.mor)),
+    "mor": Check(layer_check(zoo_recipes.mor)),
+    "mor_token": Check(layer_check(zoo_recipes.mor_token)),
+    "mod": Check(layer_check(zoo_recipes.mod)),
 }
 
 

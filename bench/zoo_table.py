@@ -1,12 +1,14 @@
-"""The results of the zoo as a Markdown table, between two markers of a page."""
+"""The results of the zoo as two Markdown tables, of the programs and of the recipes, between two markers of a page."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- zoo:begin (made by bench/zoo.py --table; do not edit) -->", "<!-- zoo:end -->"
-HEADINGS = {
+PROGRAM = {
     "captured": "captured, s",
     "depths": "depths",
     "same": "same length",
@@ -19,8 +21,14 @@ HEADINGS = {
     "train": "identity, train",
     "text": "parse(print)",
     "lines": "lines",
-    "mor": "MoR, one step",
 }
+RECIPES = {
+    "mor": "MoR (`mor`), one step",
+    "mor_token": "token choice (`mor_token`), one step",
+    "mod": "MoD (`mod`), one step",
+}
+HEADINGS = PROGRAM | RECIPES
+STATUSES = {"ok": "legal", "refused": "refused", "failed": "failed"}
 
 
 class Notes:
@@ -60,30 +68,44 @@ def cell(found: dict[str, Any] | None, notes: Notes) -> str:
     return shown(found["value"])
 
 
-def row_line(name: str, row: dict[str, Any], notes: Notes) -> str:
+def row_line(name: str, row: dict[str, Any], checks: Iterable[str], notes: Notes) -> str:
     title = f"{name}{' *' if row['held_out'] else ''}{' ' + notes.mark(row['stopped']) if row['stopped'] else ''}"
-    cells = [cell(row["checks"].get(check), notes) for check in HEADINGS]
+    cells = [cell(row["checks"].get(check), notes) for check in checks]
     return "| " + " | ".join([title, row["kind"], *cells]) + " |"
+
+
+def rows_table(rows: dict[str, Any], headings: dict[str, str], notes: Notes) -> list[str]:
+    """One row an architecture, one column a check."""
+    head = ["architecture", "kind", *headings.values()]
+    body = [row_line(name, row, headings, notes) for name, row in rows.items()]
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body]
 
 
 def table(report: dict[str, Any]) -> str:
     """The whole generated part of the page."""
-    notes = Notes()
-    head = ["architecture", "kind", *HEADINGS.values()]
-    body = [row_line(name, row, notes) for name, row in report["rows"].items()]
+    notes, rows = Notes(), report["rows"]
     made = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
-        f"{len(body)} architectures, {made}; `{report['command'].strip()}`.",
+        f"{len(rows)} architectures, {made}; `{report['command'].strip()}`.",
         "`0` is bitwise equal; bold is a failure; `*` marks architectures held out from the research; a number in",
         "brackets is a typed error or a failure, with its reason below.",
         "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-        *body,
+        *rows_table(rows, PROGRAM, notes),
+        "",
+        f"The recipes: {'; '.join(counted(rows, name) for name in RECIPES)}.",
+        "",
+        *rows_table(rows, RECIPES, notes),
         "",
         *notes.listing(),
     ]
     return "\n".join(lines)
+
+
+def counted(rows: dict[str, Any], check: str) -> str:
+    """How many rows of a check are as they must be, refused, failed."""
+    found = Counter(row["checks"].get(check, {}).get("status", "skipped") for row in rows.values())
+    some = ", ".join(f"{found[status]} {word}" for status, word in STATUSES.items() if found[status])
+    return f"`{check}` {some or 'none'}"
 
 
 def update_page(path: Path, report: dict[str, Any]) -> None:

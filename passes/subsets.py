@@ -45,10 +45,15 @@ def require_subset(one: Pass, program: Program, call: Call, chosen: str = "", re
 
 def require_subsets(one: Pass, program: Program, layers: Sequence[Call], numbers: Sequence[int]) -> None:
     """Refuse a layer of these numbers that cannot run on a subset of its tokens; names those that can."""
-    legal = [n for n, layer in enumerate(layers) if _refusal(program.blocks[layer.block], layer) is None]
+    legal = legal_layers(program, layers)
     remedy = f"choose among layers {', '.join(map(str, legal))}" if legal else "leave this stack as it is"
     for number in numbers:
         require_subset(one, program, layers[number], f"layer {number} cannot be chosen: ", remedy)
+
+
+def legal_layers(program: Program, layers: Sequence[Call]) -> list[int]:
+    """The layers that can run on a subset of their tokens, by number."""
+    return [n for n, layer in enumerate(layers) if _refusal(program.blocks[layer.block], layer) is None]
 
 
 def _refusal(block: Block, call: Call) -> SubsetError | RecipeError | None:

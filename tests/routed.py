@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import depthc
 from depthc.codegen.module import DepthModule
-from depthc.ir.program import Program, Segment, Stack
-from depthc.passes.glue import Glue, aten
+from depthc.ir.program import Program
 
 ROWS = {
     "full": torch.ones(2, 9, dtype=torch.bool),
@@ -111,17 +109,3 @@ def forward(compiled: DepthModule, inputs: Mapping[str, Tensor], causal: bool) -
     with Wide():
         out, aux = compiled.forward_with_aux(**inputs)
     return logits_of(out), aux
-
-
-def with_scores(program: Program, value: float) -> Program:
-    """The program with routers that give every token this logit."""
-
-    def constant(op: Any) -> Any:
-        if not isinstance(op, Segment) or op.name != "router":
-            return op
-        g = Glue()
-        x = g.op(aten.select.int, g.value("h", op.body.inputs_of("value")[0].type), -1, 0)  # type: ignore[arg-type]
-        return replace(op, body=g.body(g.op(aten.full_like.default, x, value)), params=())
-
-    body = [replace(i, ops=tuple(map(constant, i.ops))) if isinstance(i, Stack) else i for i in program.body]
-    return replace(program, body=tuple(body))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracles import Wide
 from oracles import mod as oracle
+from scores import with_scores
 from torch import Tensor, nn
 
 import depthc
@@ -33,7 +34,6 @@ from .routed import (
     forward,
     logits_of,
     stepped,
-    with_scores,
 )
 from .routed import weighted as scalar
 

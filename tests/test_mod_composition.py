@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import Wide
-from torch import Tensor, nn
+from scores import with_scores
 
 import depthc
 from depthc.codegen.module import lower
@@ -17,8 +17,8 @@ from depthc.passes.mod import Mod
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 
-from .models import Attention, Spec, Stacked, ids, seeded
-from .routed import FORWARD, captured, forward, with_scores
+from .models import Hybrid, Spec, Stacked, ids, seeded
+from .routed import FORWARD, captured, forward
 
 DEPTH = 8
 
@@ -63,21 +63,6 @@ def test_layers_whose_results_are_returned() -> None:
     routed = lower(with_scores(run_recipe(program, recipe_of("mod", {"capacity": 1.0}))[0], 1.0)).eval()(ids())
     for found, expected in zip(routed["states"], model(ids())["states"], strict=True):
         assert torch.allclose(found, expected, atol=1e-6)
-
-
-class Hybrid(nn.Module):
-    """Attention in every third layer; the others mix tokens by a running sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.linear = nn.Embedding(13, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
-        self.attention = nn.ModuleList(Attention() for _ in range(6))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        h = self.embed(ids)
-        for i in range(6):
-            h = h + (self.attention[i](h) if i % 3 == 1 else self.linear[i](h).cumsum(1))
-        return h
 
 
 def test_hybrids_route_the_layers_that_may_be() -> None:

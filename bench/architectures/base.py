@@ -20,7 +20,9 @@ SPECIAL_TOKENS = 3  # the lowest ids are padding, start and end in most configur
 
 NOT_CAUSAL = ("incremental",)  # reasons for which a check may refuse, as `refuses` of an entry
 STATEFUL = ("subset", "incremental")
-SCANNED = (*STATEFUL, "mor")  # layers that scan, convolve or rearrange the tokens have no recursions of fewer tokens
+RECURSIONS = ("mor", "mor_token")
+HYBRID = (*STATEFUL, *RECURSIONS)  # layers that scan, convolve or rearrange the tokens cannot run on some of them
+SCANNED = (*HYBRID, "mod")  # and there are no others
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Options = Mapping[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import VOCAB, WIDTH, causal, small
+from .base import RECURSIONS, VOCAB, WIDTH, causal, small
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
@@ -78,7 +78,7 @@ SLIDING = (
         small(num_hidden_layers=10, head_dim=16, sliding_window=8, laurel_rank=8, num_kv_shared_layers=0, **ALTUP),
         config="Gemma3nTextConfig",
         kind="altup",
-        refuses=("train", "mor"),
+        refuses=("train", *RECURSIONS, "mod"),
         notes="AltUp: the carry is [streams, batch, token, feature]; each layer reads an embedding of its own; train"
         " mode clamps weights in place",
     ),

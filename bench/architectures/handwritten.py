@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .base import NOT_CAUSAL, VOCAB, WIDTH, Architecture, Inputs, draw, ids, seeded, token_inputs
+from .base import NOT_CAUSAL, RECURSIONS, VOCAB, WIDTH, Architecture, Inputs, draw, ids, seeded, token_inputs
 
 
 class Marmalade(nn.Module):
@@ -169,7 +169,7 @@ HAND_WRITTEN = (
         partial(feature_inputs, 24),
         (3, 3),
         kind="long-skip",
-        refuses=(*NOT_CAUSAL, "mor"),
+        refuses=(*NOT_CAUSAL, *RECURSIONS),
         stream={0: "btf"},
         notes="long skips: the middle layer is left out, or the whole refused with a reason",
     ),

@@ -8,7 +8,9 @@ from functools import partial
 from torch import nn
 
 from .base import (
+    HYBRID,
     NOT_CAUSAL,
+    RECURSIONS,
     SCANNED,
     WIDTH,
     Architecture,
@@ -99,7 +101,7 @@ TEXT = (
             layer_types=["linear_attention", "full_attention"] * 2,
         ),
         kind="hybrid",
-        refuses=SCANNED,
+        refuses=HYBRID,
         dynamic="batch",
         other=(17, 5),
         notes="lightning attention: one Python loop step a block of tokens",
@@ -129,7 +131,7 @@ TEXT = (
         "DiffLlama",
         (4,),
         small(),
-        refuses=("mor",),
+        refuses=RECURSIONS,
         notes="differential attention; one constant differs per layer",
     ),
 )

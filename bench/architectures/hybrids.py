@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import SCANNED, VOCAB, WIDTH, Architecture, Options, causal, small
+from .base import HYBRID, SCANNED, VOCAB, WIDTH, Architecture, Options, causal, small
 
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 8}
 RWKV = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 4}
@@ -17,7 +17,7 @@ UNROLLED = {"dynamic": "batch", "other": (17, 5)}
 
 def stateful(name: str, family: str, depths: tuple[int, ...], options: Options, **entry: Any) -> Architecture:
     """An entry whose layers carry a state over the tokens: they have no attention cache and no subset of tokens."""
-    return causal(name, family, depths, options, refuses=SCANNED, **entry)
+    return causal(name, family, depths, options, **{"refuses": SCANNED} | entry)
 
 
 def rwkv(name: str, config: dict[str, Any], notes: str) -> Architecture:
@@ -51,6 +51,7 @@ HYBRIDS = (
             shared_expert_intermediate_size=32,
         ),
         kind="hybrid",
+        refuses=HYBRID,
         tolerance=1e-5,
         notes="three gated delta rules, one attention; slow to export: the delta rule is unrolled over its chunk",
     ),
@@ -71,6 +72,7 @@ HYBRIDS = (
             use_mamba_kernels=False,
         ),
         kind="hybrid",
+        refuses=HYBRID,
         **UNROLLED,
         notes="the scan is a Python loop over the tokens",
     ),
@@ -102,7 +104,14 @@ HYBRIDS = (
         kind="hybrid",
         notes="a shared block reads the embedding at both of its calls",
     ),
-    stateful("bamba", "Bamba", (6,), small(num_hidden_layers=6, attn_layer_indices=[2, 5]) | MAMBA2, kind="hybrid"),
+    stateful(
+        "bamba",
+        "Bamba",
+        (6,),
+        small(num_hidden_layers=6, attn_layer_indices=[2, 5]) | MAMBA2,
+        kind="hybrid",
+        refuses=HYBRID,
+    ),
     stateful(
         "falcon_h1",
         "FalconH1",
@@ -117,6 +126,7 @@ HYBRIDS = (
         (6,),
         small(num_hidden_layers=6, layer_types=["conv", "conv", "full_attention"] * 2, block_multiple_of=32),
         kind="hybrid",
+        refuses=HYBRID,
         ci=True,
         notes="two short convolutions, one attention",
     ),
@@ -126,6 +136,7 @@ HYBRIDS = (
         (6,),
         small(num_hidden_layers=6, lru_width=WIDTH, attention_window_size=8),
         kind="hybrid",
+        refuses=HYBRID,
         **UNROLLED,
         notes="the recurrence is a Python loop over the tokens",
     ),
