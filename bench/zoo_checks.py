@@ -24,7 +24,9 @@ from depthc.ir.errors import SubsetError
 from depthc.ir.evaluate import Evaluator, WeightParams
 from depthc.ir.masks.masks import masks_of
 from depthc.ir.program import Block, Call, Program
+from depthc.ir.rows.packing import packable
 from depthc.ir.rows.run import run_rows
+from depthc.ir.tokens import TokenSet
 
 aten = torch.ops.aten
 SELECTED = 7
@@ -112,8 +114,8 @@ def ports(program: Program, model: nn.Module, args: tuple, kwargs: dict) -> str 
 def subset(program: Program, model: nn.Module, args: tuple, kwargs: dict) -> str | float:
     """Run each layer on a random subset of tokens, another one in each batch row, in fp64.
 
-    Return the largest difference to the full layer with the unselected keys masked, over all layers. Where a layer
-    cannot run on a subset, say which of its spans can, or raise its reason.
+    Return the largest difference to the full layer with the unselected keys masked, and of packed rows to padded ones,
+    over all layers. Where a layer cannot run on a subset, say which of its spans can, or raise its reason.
     """
     worst, whole, refusal = 0.0, True, None
     for layer in applications(widen_program(program), *widen_inputs(args, kwargs)):
@@ -144,7 +146,22 @@ def _span_error(layer: Application, span: LegalSpan) -> float:
     masked = _interpret(span.block.body, inputs, selected)[span.block.body.results[0]]
     rows = _take(carry, batch, token, positions)
     found, _ = run_rows(span.block, [rows], sides, params, consts, positions=positions)
-    return float((found[0] - _take(masked, batch, token, positions)).abs().max())
+    gap = float((found[0] - _take(masked, batch, token, positions)).abs().max())
+    if not packable(span.block) or (batch, token) != (0, 1):
+        return gap
+    return max(gap, _packed_error(span.block, carry, sides, params, consts, TokenSet(selected)))
+
+
+def _packed_error(
+    block: Block, carry: Tensor, sides: list[Any], params: list[Tensor], consts: list[float], tokens: TokenSet
+) -> float:
+    """A set of which one batch row has lost its last token: on packed rows against padded ones."""
+    tokens.mask[0, tokens.positions[0, -1]] = False
+    tokens = TokenSet(tokens.mask)
+    at = {"positions": tokens.positions, "valid": tokens.valid}
+    padded, _ = run_rows(block, [tokens.take(carry)], sides, params, consts, **at)
+    packed, _ = run_rows(block, [tokens.pack(carry)], sides, params, consts, slots=tokens.slots, **at)
+    return float((packed[0][0] - padded[0][tokens.valid]).abs().max())
 
 
 def _random_tokens(batch: int, length: int) -> tuple[Tensor, Tensor]:
