@@ -37,7 +37,7 @@ from depthc.passes.sharing import Sharing, cycles
 from depthc.passes.subsets import legal_layers
 from depthc.passes.tie import Tie, agree
 
-ROUNDING = SUBSET  # in fp64: rows are other kernels than whole sequences, and x + 1 (y - x) is y but for its last bits
+ROUNDING = SUBSET  # in fp64: rows may run in other kernels than whole sequences, and x + 1 (y - x) is not quite y
 
 
 def mor(program: Program, model: nn.Module, args: tuple, kwargs: dict) -> str:

@@ -69,7 +69,7 @@ def test_hybrids_route_the_layers_that_may_be() -> None:
     with pytest.raises(RecipeError, match="layer 3 cannot be chosen") as caught:
         depthc.compile(seeded(Hybrid), "mod", args=(ids(),))
     assert "cumsum" in caught.value.found
-    assert "test_mod_composition.py" in caught.value.where
+    assert "models.py" in caught.value.where
     assert caught.value.remedy == "choose among layers 1, 4"
     compiled = depthc.compile(seeded(Hybrid), "mod", args=(ids(),), layers=(1, 4), capacity=0.5)
     assert [r.recursion for r in compiled.train().forward_with_aux(ids())[1].routes] == [1, 4]
