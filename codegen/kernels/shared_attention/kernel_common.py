@@ -4,6 +4,9 @@ Positions decide what is loaded and what is masked, tile by tile. Most pairs of 
 over tiles runs in spans: masked, whole, masked. Offsets of tiles are 64-bit, those inside a tile 32-bit.
 """
 
+# Arguments of kernels have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import triton
 import triton.language as tl
 
@@ -49,8 +52,8 @@ def load_places(positions, valid, at, count):
 def key_spans(place, size, window, KEYS: tl.constexpr):
     """(low, first, whole, partial, end) of a tile of queries.
 
-    Its keys lie in [low, end). Tiles of keys that all its queries see begin in [whole, partial); those in [first, whole)
-    and [partial, end) need a mask. A query that is not valid takes no part in this.
+    Its keys lie in [low, end). Tiles of keys that all its queries see begin in [whole, partial); those in
+    [first, whole) and [partial, end) need a mask. Queries that are not valid take no part in this.
     """
     most = tl.max(place, 0)
     least = tl.min(tl.where(place >= 0, place, most), 0)
@@ -78,12 +81,24 @@ def load_kept(keep, at, low, end, MASKED: tl.constexpr):
 
 
 @triton.jit
-def visible(scores, place, at, window):
-    """Scores, -inf where the query at `place` does not see the key at `at`; both broadcast against the scores."""
+def visible(place, at, window):
+    """Whether the query at `place` sees the key at `at`."""
     seen = at <= place
     if window is not None:
         seen = seen & (at > place - window)
-    return tl.where(seen, scores, float("-inf"))
+    return seen
+
+
+@triton.jit
+def masked(scores, place, at, kept, keep, window, MASKED: tl.constexpr):
+    """Scores of queries by keys, -inf where the query does not see the key or the key does not take part."""
+    if MASKED:
+        # A query may stand behind the last key: `kept` ends there.
+        seen = visible(place[:, None], at[None, :], window) & kept[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+    elif keep is not None:
+        scores = tl.where(kept[None, :], scores, float("-inf"))
+    return scores
 
 
 @triton.jit

@@ -1,5 +1,8 @@
 """Forward pass: a program attends for a tile of queries of one head, walking over the keys that they see."""
 
+# Arguments of kernels have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import triton
 import triton.language as tl
 
@@ -9,9 +12,9 @@ from depthc.codegen.kernels.shared_attention.kernel_common import (
     load_kept,
     load_places,
     load_rows,
+    masked,
     scaled,
     store_rows,
-    visible,
 )
 
 
@@ -46,10 +49,7 @@ def _attend(
         keys = load_rows(k, start, k_token, kept, D, KEYS, WIDTH)
         values = load_rows(v, start, v_token, kept, D, KEYS, WIDTH)
         scores = scaled(tl.dot(queries, tl.trans(keys), input_precision=PRECISION), scale, softcap)
-        if MASKED:
-            scores = visible(scores, place[:, None], at[None, :], window)
-        if keep is not None:
-            scores = tl.where(kept[None, :], scores, float("-inf"))
+        scores = masked(scores, place, at, kept, keep, window, MASKED)
         peak = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen no key yet has no peak; -inf - -inf would be NaN.
         shift = tl.where(peak == float("-inf"), 0.0, peak)

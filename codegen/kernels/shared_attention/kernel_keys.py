@@ -4,6 +4,9 @@ It does so for all query heads that share the key head, so nothing is added atom
 on Hopper, Triton from 3.4 to 3.7.0 may multiply by a transposed product wrongly.
 """
 
+# Arguments of kernels have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import triton
 import triton.language as tl
 
@@ -97,16 +100,17 @@ def _collect(
         log = tl.where(log > float("-inf"), log * LOG2E, float("inf"))  # queries that see nothing have weights 0
         mean = tl.load(delta + member * count + at, mask=wanted, other=0.0)
         scores = scaled(tl.dot(keys, tl.trans(queries), input_precision=PRECISION), scale, softcap)
-        seen = scores
+        weights = tl.exp2(scores - log[None, :])
         if MASKED:
-            place = load_places(positions, valid, at, count)
-            seen = visible(scores, place[None, :], key_at[:, None], window)
-        weights = tl.exp2(seen - log[None, :])
+            seen = visible(load_places(positions, valid, at, count)[None, :], key_at[:, None], window)
+            weights = tl.where(seen, weights, 0.0)
         dv = tl.dot(weights.to(douts.dtype), douts, dv, input_precision=PRECISION)
         dweights = tl.dot(values, tl.trans(douts), input_precision=PRECISION)
         dscores = weights * (dweights - mean[None, :])
         if softcap is not None:
             dscores *= slope(scores, softcap)
+        if MASKED:
+            dscores = tl.where(seen, dscores, 0.0)  # a key that nobody sees may be NaN, its gradient is 0
         dk = tl.dot(dscores.to(queries.dtype), queries, dk, input_precision=PRECISION)
     return dk, dv
 

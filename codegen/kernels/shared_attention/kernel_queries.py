@@ -1,5 +1,8 @@
 """Backward pass, gradients of queries: a program walks over the keys of a tile of queries, as the forward pass does."""
 
+# Arguments of kernels have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import triton
 import triton.language as tl
 
@@ -9,10 +12,10 @@ from depthc.codegen.kernels.shared_attention.kernel_common import (
     load_kept,
     load_places,
     load_rows,
+    masked,
     scaled,
     slope,
     store_rows,
-    visible,
 )
 
 
@@ -49,12 +52,7 @@ def _collect(
         keys = load_rows(k, start, k_token, kept, D, KEYS, WIDTH)
         values = load_rows(v, start, v_token, kept, D, KEYS, WIDTH)
         scores = scaled(tl.dot(queries, tl.trans(keys), input_precision=PRECISION), scale, softcap)
-        seen = scores
-        if MASKED:
-            seen = visible(scores, place[:, None], at[None, :], window)
-        if keep is not None:
-            seen = tl.where(kept[None, :], seen, float("-inf"))
-        weights = tl.exp2(seen - log[:, None])
+        weights = tl.exp2(masked(scores, place, at, kept, keep, window, MASKED) - log[:, None])
         dweights = tl.dot(douts, tl.trans(values), input_precision=PRECISION)
         dscores = weights * (dweights - delta[:, None])
         if softcap is not None:

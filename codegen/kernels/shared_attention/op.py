@@ -62,8 +62,8 @@ def shared_attention(
     _check(q, k, v, positions, valid, keep)
     if applies(q, k, v) is not None:
         return reference(q, k, v, positions, valid, keep, scale, window, softcap)
-    positions, valid, keep = (x if x is None else x.contiguous() for x in (positions, valid, keep))
-    return _forward(q, k, v, positions, valid, keep, scale, window, softcap)
+    valid, keep = (x if x is None else x.contiguous() for x in (valid, keep))
+    return _forward(q, k, v, positions.contiguous(), valid, keep, scale, window, softcap)
 
 
 def applies(q: Tensor, k: Tensor, v: Tensor) -> str | None:
