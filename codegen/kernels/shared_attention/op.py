@@ -57,13 +57,23 @@ def shared_attention(
         tensor([0.5000, 0.5000])
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, positions, valid, keep)
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+        with torch.autocast(kind, enabled=False):
+            return _attend(q, k, v, positions, valid, keep, scale, window, softcap)
+    return _attend(q, k, v, positions, valid, keep, scale, window, softcap)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor | None, keep: Tensor | None, *scores: Any
+) -> tuple[Tensor, Tensor]:
+    """By the kernels or by the reference."""
     if applies(q, k, v) is not None:
-        return reference(q, k, v, positions, valid, keep, scale, window, softcap)
+        return reference(q, k, v, positions, valid, keep, *scores)
     valid, keep = (x if x is None else x.contiguous() for x in (valid, keep))
-    return _forward(q, k, v, positions.contiguous(), valid, keep, scale, window, softcap)
+    return _forward(q, k, v, positions.contiguous(), valid, keep, *scores)
 
 
 def applies(q: Tensor, k: Tensor, v: Tensor) -> str | None:
