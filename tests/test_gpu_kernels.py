@@ -52,6 +52,14 @@ def test_rounding_is_that_of_torch(features: int, window: int | None, dtype: tor
         assert (one - right).abs().max() <= 2 * (other - right).abs().max() + 1e-6
 
 
+def test_one_query_and_one_key() -> None:
+    """Sizes of 1 are compiled as constants."""
+    x = inputs(count=1, size=1)
+    found, wanted = judged(shared_attention(*x)[0], x), judged(reference(*x)[0], x)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_fp32_is_exact_by_default() -> None:
     x = inputs(dtype=torch.float32)
     found, wanted = judged(shared_attention(*x)[0], x), judged(reference(*x)[0], x)

@@ -41,6 +41,7 @@ REASONS = {
     ),
     "heads have 264 features, more than 256": (rows(features=264),) * 3,
     "there are no queries or no keys": (rows(tokens=0), rows(), rows()),
+    "there are more than 65535 sequences or heads": (torch.empty(1).expand(1 << 16, 1, 1, 1),) * 3,
     "features do not lie side by side": (rows(features=6).mT,) * 3,
     "tokens lie more than 8388608 numbers apart": (torch.empty(16).as_strided((1, 1, 1, 16), (0, 0, 1 << 24, 1)),) * 3,
 }
@@ -56,6 +57,14 @@ def test_the_cpu_takes_the_reference() -> None:
     assert applies(rows(), rows(), rows()) == "the device is cpu, not cuda"
     q, k, positions = rows(tokens=3), rows(), torch.tensor([[0, 2, 5]])
     assert all(map(torch.equal, shared_attention(q, k, k, positions), reference(q, k, k, positions)))
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 6), (6, 0)])
+def test_nothing_is_a_size_too(count: int, size: int) -> None:
+    q, k = rows(tokens=count), rows(tokens=size)
+    out, lse = shared_attention(q, k, k, torch.zeros(1, count, dtype=torch.int64))
+    assert torch.equal(out, torch.zeros_like(q))
+    assert torch.equal(lse, torch.full((1, 2, count), -torch.inf))
 
 
 def test_shapes_that_do_not_fit() -> None:

@@ -13,6 +13,7 @@ from depthc.codegen.kernels.shared_attention.reference import reference
 
 LARGEST = 256  # features a head
 FARTHEST = 1 << 23  # numbers from a token to the next: offsets inside a tile are 32-bit
+MOST = 65535  # sequences, and heads: what a grid has
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -90,6 +91,8 @@ def applies(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"heads have {q.shape[3]} features, more than {LARGEST}"
     if any(x.numel() == 0 for x in (q, k)):
         return "there are no queries or no keys"
+    if max(q.shape[:2]) > MOST:
+        return f"there are more than {MOST} sequences or heads"
     if any(x.stride(3) != 1 for x in (q, k, v)):
         return "features do not lie side by side"
     if any(x.stride(2) > FARTHEST for x in (q, k, v)):
@@ -138,7 +141,8 @@ def _forward(
     # Imported when first needed: `applies` answers where there is no triton.
     from depthc.codegen.kernels.shared_attention import launch
 
-    return launch.forward(launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap))
+    with torch.cuda.device_of(q):  # triton launches on the current device
+        return launch.forward(launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap))
 
 
 @_forward.register_fake
@@ -165,8 +169,9 @@ def _backward(
     from depthc.codegen.kernels.shared_attention import launch
 
     given = launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap)
-    dq, delta = launch.gradient_of_queries(given, out, lse, dout, dlse)
-    return dq, *launch.gradients_of_keys(given, lse, dout, delta)
+    with torch.cuda.device_of(q):
+        dq, delta = launch.gradient_of_queries(given, out, lse, dout, dlse)
+        return dq, *launch.gradients_of_keys(given, lse, dout, delta)
 
 
 @_backward.register_fake
