@@ -73,7 +73,7 @@ def one_by_one(case: Case, x: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]
         earliest = 0 if case.window is None else max(0, place - case.window + 1)
         seen = [j for j in range(earliest, min(place + 1, case.size)) if x["keep"] is None or x["keep"][b, j]]
         if not seen or (x["valid"] is not None and not x["valid"][b, i]):
-            outs.append(torch.zeros(case.features).double())
+            outs.append(q[b, h, i] * 0)
             logs.append(torch.tensor(-torch.inf).double())
             continue
         scores = k[b, group, seen] @ q[b, h, i] * scale
@@ -87,8 +87,8 @@ def one_by_one(case: Case, x: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]
 def gradients(out: Tensor, lse: Tensor, x: dict[str, Tensor | None], seed: int = 0) -> tuple[Tensor, ...]:
     """Gradients of q, k, v for random ones of output and of exp(logsumexp), which is 0 where nothing is seen."""
     g = torch.Generator().manual_seed(seed)
-    given = [torch.randn(t.shape, generator=g).to(t.dtype) for t in (out, lse)]
-    return torch.autograd.grad([out, lse.exp() * 0.01], [x[n] for n in "qkv"], given)
+    loss = sum((t * torch.randn(t.shape, generator=g)).sum() for t in (out, lse.exp() * 0.01))
+    return torch.autograd.grad(loss, [x[n] for n in "qkv"], materialize_grads=True)
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
