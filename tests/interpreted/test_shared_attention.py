@@ -266,7 +266,7 @@ def test_what_nobody_may_see_does_not_leak(window: int | None) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_runs_are_bitwise_equal() -> None:
-    x = Case(valid=True).inputs()
+    x = Case(batch=1, valid=True).inputs()
     for name in "qkv":
         x[name].requires_grad_()
     runs = [(out, lse, *gradients(out, lse, x)) for out, lse in (shared_attention(**x) for _ in range(2))]
@@ -315,10 +315,11 @@ def test_logsumexp_alone_has_gradients() -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.usefixtures("small")
 def test_opcheck(masked: bool) -> None:
-    x = Case(batch=1, heads=2, key_heads=1, valid=masked, keep=masked, window=9 if masked else None).inputs()
+    window = 9 if masked else None
+    x = Case(1, 2, 1, 9, 18, valid=masked, keep=masked, window=window).inputs()
     for name in "qkv":
         x[name].requires_grad_()
-    rest = 0.25, 9 if masked else None, 2.0 if masked else None
+    rest = 0.25, window, 2.0 if masked else None
     torch.library.opcheck(_forward, (*x.values(), *rest))
     with torch.no_grad():
         out, lse = _forward(*x.values(), *rest)
