@@ -133,6 +133,7 @@ def test_examples_in_docstrings(name: str) -> None:
         "docs/saving.md",
         "docs/telemetry.md",
         "docs/training.md",
+        "docs/kernels.md",
     ],
 )
 def test_pages_run(page: str) -> None:
