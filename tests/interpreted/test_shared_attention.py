@@ -145,7 +145,7 @@ def test_head_sizes(features: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("features", [80, 96, 128, 200, 256])
+@pytest.mark.parametrize("features", [80, 128, 256])
 def test_large_head_sizes(features: int) -> None:
     agree(Case(batch=1, heads=2, key_heads=1, features=features))
 
@@ -204,7 +204,7 @@ def test_random_cases(case: Case) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(case=cases())
 def test_many_random_cases(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
