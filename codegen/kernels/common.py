@@ -1,0 +1,48 @@
+"""What all kernels ask: whether Triton runs here, and on which device to launch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def runs_on(*tensors: Tensor | None) -> str | None:
+    """Why a Triton kernel does not run on these tensors; None if it does.
+
+    Tensors on the CPU run under Triton's interpreter only: TRITON_INTERPRET=1, set before triton is imported.
+
+    Example:
+        >>> runs_on(torch.empty(2, device="meta"))
+        'the tensors are on meta, and Triton runs on cuda'
+    """
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        return f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
+    device = devices.pop()
+    if not _installed():
+        return "triton is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and interpreted()):
+        return None
+    return f"the tensors are on {device.type}, and Triton runs on cuda"
+
+
+@torch.compiler.assume_constant_result
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which kernels launch on the device of a tensor, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
