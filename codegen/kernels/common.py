@@ -46,3 +46,17 @@ def interpreted() -> bool:
 def on(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which kernels launch on the device of a tensor, which need not be the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def warps(features: int) -> dict[str, int]:
+    """The block of a program that holds a row of features, and its warps: at most 16 features a thread.
+
+    Example:
+        >>> warps(2048), warps(3000)
+        ({'BLOCK': 2048, 'num_warps': 4}, {'BLOCK': 4096, 'num_warps': 8})
+    """
+    block = max(16, 1 << (features - 1).bit_length())
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}

@@ -59,7 +59,7 @@ def taken(module: str, kernel: str, types: dict[str, str], constants: dict[str, 
         function,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in even if name not in constants},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in even & set(names) - set(constants)},
     )
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -68,6 +68,7 @@ def taken(module: str, kernel: str, types: dict[str, str], constants: dict[str, 
         tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
     sizes = {name: int(size) for name, size in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    sizes["SHARED"] += built.metadata.shared
     return sizes | {word: built.asm["ptx"].count(word) for word in WORDS}
 
 
