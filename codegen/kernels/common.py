@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-
-@cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INSTALLED = find_spec("triton") is not None
 
 
 def runs_on(*tensors: Tensor | None) -> str | None:
@@ -28,7 +25,7 @@ def runs_on(*tensors: Tensor | None) -> str | None:
     if len(devices) > 1:
         return f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
     device = devices.pop()
-    if not _installed():
+    if not _INSTALLED:
         return "triton is not installed"
     if device.type == "cuda" or (device.type == "cpu" and interpreted()):
         return None
@@ -46,9 +43,6 @@ def interpreted() -> bool:
 def on(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which kernels launch on the device of a tensor, which need not be the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def warps(features: int) -> dict[str, int]:

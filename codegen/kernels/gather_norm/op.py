@@ -123,8 +123,10 @@ def backward_op(
             D=D, LAYER=mean.numel() > 0, HAS_ROWS=grad_rows is not None, HAS_WEIGHT=weight is not None,
             HAS_BIAS=has_bias, **warps(D),
         )  # fmt: skip
-    sums = [parts.sum(0) if parts.numel() else parts.new_empty((0,)) for parts in (weight_parts, bias_parts)]
-    return grad_stream, *sums
+    grad_weight, grad_bias = (
+        parts.sum(0) if parts.numel() else parts.new_empty((0,)) for parts in (weight_parts, bias_parts)
+    )
+    return grad_stream, grad_weight, grad_bias
 
 
 @backward_op.register_fake
@@ -133,8 +135,9 @@ def _backward_shapes(
     mean: Tensor, rstd: Tensor, length: int, has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, _, D = rows.shape
-    sums = [rows.new_empty((D if has else 0,), dtype=torch.float32) for has in (weight is not None, has_bias)]
-    return rows.new_empty((B, length, D)), *sums
+    grad_weight = rows.new_empty((0 if weight is None else D,), dtype=torch.float32)
+    grad_bias = rows.new_empty((D if has_bias else 0,), dtype=torch.float32)
+    return rows.new_empty((B, length, D)), grad_weight, grad_bias
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
