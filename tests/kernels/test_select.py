@@ -78,6 +78,13 @@ def test_topk(given: tuple[Tensor, Tensor | None], data: st.DataObject) -> None:
         assert [positions.index(p) if p in chosen else -1 for p in range(len(row))] == found.inverse[b].tolist()
 
 
+def test_ties_at_zero_and_at_the_bottom() -> None:
+    """-0.0 ties with 0.0; a candidate at -inf comes before what is no candidate."""
+    assert select_topk(torch.tensor([[-0.0, 0.0]], device=DEVICE), 1).positions.tolist() == [[0]]
+    logits, candidates = torch.full((1, 3), -math.inf, device=DEVICE), torch.tensor([[False, False, True]])
+    assert select_topk(logits, 1, candidates.to(DEVICE)).positions.tolist() == [[2]]
+
+
 @settings(max_examples=60)
 @given(scores(), st.data())
 def test_rows_may_want_different_numbers(given: tuple[Tensor, Tensor | None], data: st.DataObject) -> None:
@@ -179,6 +186,8 @@ def test_a_row_with_nan_stays_within_bounds(bits: int) -> None:
     assert not fine.item()
     assert mask.sum() == 3
     assert positions.tolist() == mask.nonzero()[:, 1:].T.tolist()
+    candidates = torch.arange(9, device=DEVICE)[None] > 1
+    assert torch.equal(select_topk_op(logits, 9, candidates, None)[2], candidates)
 
 
 def test_bitwise_repeatable() -> None:

@@ -63,7 +63,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         g = tl.load(grad_normed + at * D + cols, mask=inside, other=0.0).to(tl.float32)
         if LAYER:
             x -= tl.load(mean + at)
-        y = tl.where(inside, x * scale, 0.0)
+        y = x * scale  # whatever it is beyond D: the gradient there is 0
         weight_part += g * y
         bias_part += g
         if HAS_WEIGHT:
