@@ -156,7 +156,7 @@ def select(
         places = torch.arange(among.mask.shape[1], device=among.mask.device)
         return TokenSet(among.mask & (places % int(number) == 0))
     assert score is not None, "verify asks for a score"
-    _refuse_nan(score, among.mask)
+    refuse_nan(score, among.mask)
     if name == "topk":
         if within is not None:
             return _best_within(score, among, of or among, float(number), within)
@@ -197,7 +197,7 @@ def _share(count: int, capacity: float) -> int:
     return max(1, int(count * capacity)) if count else 0
 
 
-def _refuse_nan(score: Tensor, candidates: Tensor) -> None:
+def refuse_nan(score: Tensor, candidates: Tensor) -> None:
     """An error where a score is NaN: at once on the CPU; on other devices without a wait for the data."""
     message = "a token's score is not a number (NaN)"
     if score.is_meta or not score.is_floating_point():

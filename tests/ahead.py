@@ -1,58 +1,70 @@
-"""Compiling kernels ahead of time for Hopper, which needs no GPU, and reading what came out."""
+"""Compile kernels ahead of time for Hopper, which needs no GPU, and say what they take there.
+
+It is a program of its own, since a process in which Triton interprets does not compile: `built` runs it.
+"""
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import re
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-HOPPER = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a program may have on Hopper
+WORDS = (
+    *("ld.global.v4", "ld.global.v2", "st.global.v4", "st.global.v2", "ld.local", "st.local"),
+    *("atom.global", "atom.shared", "red.global", "wgmma.mma_async", "cp.async.cg"),
+)
+_EVEN = ("_row", "_head", "_token")  # strides, which are multiples of 16 in practice
 
 
-@dataclass(frozen=True)
-class Built:
-    """A compiled kernel in numbers."""
-
-    registers: int
-    local: int
-    shared: int
-    wgmma: int
-    copies: int
-
-
-def build(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], warps: int, stages: int) -> Built:
-    """Compile a kernel; pointers are aligned and strides are multiples of 16, as they are in practice.
+def built(builds: Sequence[Mapping[str, Any]]) -> list[dict[str, int]]:
+    """What each build takes: REG, STACK, LOCAL and SHARED in bytes, and how often PTX has each of `WORDS`.
 
     Args:
-        types: of the arguments; those that are not named are i32.
-        constants: compile-time arguments; an argument that is not given is None here.
+        builds: for each `module`, `kernel`, `types` of its arguments ("i32" for those that are not named; "i32 even"
+            for multiples of 16), `constants`, and Triton's `options`.
     """
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    aligned = [n.endswith(("_row", "_head", "_token")) or t.startswith("*") for n, t in signature.items()]
-    attributes = {(i,): [["tt.divisibility", 16]] for i, yes in enumerate(aligned) if yes}
-    source = ASTSource(kernel, signature, constexprs=dict(constants), attrs=attributes)
-    compiled = triton.compile(source, target=HOPPER, options={"num_warps": warps, "num_stages": stages})
-    registers, stack, local = _resources(compiled.asm["cubin"])
-    count = compiled.asm["ptx"].count
-    return Built(registers, stack + local, compiled.metadata.shared, count("wgmma.mma_async"), count("cp.async.cg"))
+    command, env = [sys.executable, __file__, json.dumps(builds)], {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def _resources(cubin: bytes) -> tuple[int, int, int]:
-    """Registers, bytes of stack and bytes of local memory a thread."""
+def taken(
+    module: str, kernel: str, types: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, int]
+) -> dict[str, int]:
+    """Compile one kernel; pointers are aligned, as the launcher finds them to be."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(importlib.import_module(module), kernel)
+    names = function.arg_names
+    given = {n: types.get(n, "i32 even" if n.endswith(_EVEN) else "i32") for n in names}
+    even = [n for n in names if n not in constants and (given[n][0] == "*" or given[n].endswith(" even"))]
+    source = ASTSource(
+        function,
+        {n: "constexpr" if n in constants else given[n].removesuffix(" even") for n in names},
+        constexprs=dict(constants),
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in even},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
     with TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
-        file.write_bytes(cubin)
+        file.write_bytes(compiled.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2]), int(found[3])
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    sizes = {name: int(size) for name, size in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    sizes["SHARED"] += compiled.metadata.shared
+    return sizes | {word: compiled.asm["ptx"].count(word) for word in WORDS}
+
+
+if __name__ == "__main__":
+    print(json.dumps([taken(**build) for build in json.loads(sys.argv[1])]))

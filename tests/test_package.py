@@ -129,11 +129,11 @@ def test_examples_in_docstrings(name: str) -> None:
         "docs/concepts.md",
         "docs/capture.md",
         "docs/ir.md",
+        "docs/kernels.md",
         "docs/recipes.md",
         "docs/saving.md",
         "docs/telemetry.md",
         "docs/training.md",
-        "docs/kernels.md",
     ],
 )
 def test_pages_run(page: str) -> None:

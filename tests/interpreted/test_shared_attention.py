@@ -16,8 +16,6 @@ from depthc.codegen.kernels.shared_attention.op import _backward, _forward, appl
 from depthc.codegen.kernels.shared_attention.reference import reference
 from depthc.codegen.kernels.shared_attention.tiles import Plan, Tiles
 
-# Of triton 3.6 with numpy 2.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
 SMALL = Tiles(16, 16, 4, 1)
 
 

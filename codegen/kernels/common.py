@@ -1,0 +1,56 @@
+"""What all kernels ask: whether Triton runs here, and on which device to launch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_INSTALLED = find_spec("triton") is not None
+
+
+def runs_on(*tensors: Tensor | None) -> str | None:
+    """Why a Triton kernel does not run on these tensors; None if it does.
+
+    Tensors on the CPU run under Triton's interpreter only: TRITON_INTERPRET=1, set before triton is imported.
+
+    Example:
+        >>> runs_on(torch.empty(2, device="meta"))
+        'the tensors are on meta, and Triton runs on cuda'
+    """
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        return f"the tensors are on several devices: {', '.join(sorted(map(str, devices)))}"
+    device = devices.pop()
+    if not _INSTALLED:
+        return "triton is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and interpreted()):
+        return None
+    return f"the tensors are on {device.type}, and Triton runs on cuda"
+
+
+@torch.compiler.assume_constant_result
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def on(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which kernels launch on the device of a tensor, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def warps(features: int) -> dict[str, int]:
+    """The block of a program that holds a row of features, and its warps: at most 16 features a thread.
+
+    Example:
+        >>> warps(2048), warps(3000)
+        ({'BLOCK': 2048, 'num_warps': 4}, {'BLOCK': 4096, 'num_warps': 8})
+    """
+    block = max(16, 1 << (features - 1).bit_length())
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
