@@ -30,7 +30,7 @@ from depthc.ir.sizes import Size
 from depthc.ir.types import Type
 
 # Sizes to trace at. They are all different, so that no two dimensions become one by chance.
-_BATCH, _ROWS, _KEYS, _MEMBERS, _OTHERS = 3, 7, 13, 17, (19, 23, 29, 31, 37, 41, 43)
+_BATCH, _ROWS, _KEYS, _MEMBERS, _OTHERS = 3, 7, 13, 53, (19, 23, 29, 31, 37, 41, 43)
 
 _ROW_SIZES = {"positions": _ROWS, "valid": _ROWS, "key_positions": _KEYS, "key_valid": _KEYS}
 
@@ -184,6 +184,14 @@ def _hints(names: Sequence[str], wanted: Set[Size]) -> dict[str, int]:
     return next((way for way in ways if all(sizes.evaluate(size, way) > 1 for size in wanted)), ways[0])
 
 
+def _apart(block: Block) -> dict[int, int]:
+    """The sizes of rows to trace at; others where the block has fixed sizes like that, such as a number of patches."""
+    types = [i.type for kind in ("value", "param") for i in block.body.inputs_of(kind)]
+    fixed = {size for type in types if isinstance(type, Type) for size in type.shape if isinstance(size, int)}
+    steps = range(0, 97 * (len(fixed) + 1), 97)  # a prime: sizes that differ stay apart
+    return {size: next(size + n for n in steps if size + n not in fixed) for size in (_ROWS, _KEYS, _MEMBERS)}
+
+
 class _Examples:
     """Examples for the tensors of a real call, in their structure: sizes that may vary are replaced by chosen ones."""
 
@@ -195,9 +203,12 @@ class _Examples:
         label = self.axes.labels[block.body.placeholders_of("value")[0]]
         self.batch_dim, self.token_dim = label.index((self.axes.batch,)), label.index((self.axes.token,))
         self.length = self.inputs[0].type.shape[self.token_dim]  # type: ignore[union-attr]
+        self.apart = _apart(block)
         packed = tensors["slots"] is not None
         self.batch = tensors["positions"].shape[0] if packed else tensors["carries"][0].shape[self.batch_dim]
-        self.rows = _MEMBERS if packed else self._length if tensors["positions"] is None else _ROWS
+        self.rows = self._length
+        if packed or tensors["positions"] is not None:
+            self.rows = self.apart[_MEMBERS if packed else _ROWS]
 
     def _sizes(self) -> Iterator[tuple[Size, int]]:
         """Every size of the inputs that is an expression, with what it is in the call."""
@@ -216,7 +227,7 @@ class _Examples:
             "params": tuple(_Example(t.detach()) for t in given["params"]),
             "ruler": None if ruler is None else _Example(ruler.new_empty((self._length, 0)), (0,)),
             "caches": tuple(self._cache(port, cache) for port, cache in enumerate(given["caches"])),
-            "slots": None if given["slots"] is None else self._made(given["slots"], {0: _MEMBERS}),
+            "slots": None if given["slots"] is None else self._made(given["slots"], {0: self.rows}),
             **{name: self._rows(given[name], count) for name, count in _ROW_SIZES.items()},
         }
 
@@ -238,7 +249,7 @@ class _Examples:
         return _Example(torch.zeros(shape, dtype=tensor.dtype, device=tensor.device), dims)
 
     def _rows(self, tensor: Tensor | None, count: int) -> _Example | None:
-        return None if tensor is None else self._made(tensor, {0: _BATCH, 1: count})
+        return None if tensor is None else self._made(tensor, {0: _BATCH, 1: self.apart[count]})
 
     def _cache(self, port: int, cache: Cache | None) -> tuple[_Example, ...] | None:
         if cache is None:
@@ -253,7 +264,7 @@ class _Examples:
         keys = (
             self.hints.get(names.get(axis.size, ""), axis.size)
             if axis.kind != "key"
-            else _KEYS
+            else self.apart[_KEYS]
             if own is not None
             else self._length
         )

@@ -9,15 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import Wide
 from test_rows import ONE_PORT, close, plans, rows_of
-from torch import Tensor
+from torch import Tensor, nn
 from traced import BATCH, LENGTH, WIDTH, Case, draw, inputs
 
+import depthc
+from depthc.codegen.rows import _MEMBERS, _ROWS
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.evaluate import run
 from depthc.ir.rows import varlen
 from depthc.ir.rows.packing import packable
 from depthc.ir.tokens import TokenSet
 
+from .models import WIDTH as MODEL_WIDTH
+from .models import Layer, Spec, seeded, states
 from .test_tokenchoice import Case as Routed
 from .test_tokenchoice import agree
 
@@ -191,3 +195,32 @@ def test_token_choice_by_the_kernel(kernel: list[int]) -> None:
 def test_padding_is_a_mask_that_the_kernel_does_not_know(kernel: list[int]) -> None:
     agree(Routed("llama", "padded"))
     assert kernel == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [_ROWS, _MEMBERS])
+def test_a_fixed_number_of_tokens_is_not_taken_for_one_of_rows(tokens: int) -> None:
+    """Blocks on rows are traced at sizes of their own; an image model has as many patches as its table has rows."""
+    model = seeded(lambda: Patches(tokens)).double()
+    keep = torch.ones(3, tokens, dtype=torch.bool)
+    for recipe in ("mor_token", "mor"):
+        module = depthc.compile(model, recipe, args=(states(3, tokens, dtype=torch.float64), keep), std=1.0).eval()
+        for seed in range(2):  # other numbers of rows
+            x = states(3, tokens, dtype=torch.float64, seed=seed)
+            assert torch.equal(module(x, keep), run(module.program, (x, keep), {}))
+
+
+class Patches(nn.Module):
+    """Layers on a fixed number of tokens with learned positions."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(1, tokens, MODEL_WIDTH))
+        self.layers = nn.ModuleList(Layer(Spec(attention=("masked",)), i) for i in range(5))
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        h = x + self.positions
+        mask = keep[:, None, None].expand(-1, 1, x.shape[1], -1)
+        for layer in self.layers:
+            h = layer(h, mask)
+        return h
