@@ -167,7 +167,7 @@ def select(
 def _best(score: Tensor, among: TokenSet, of: TokenSet, capacity: float) -> TokenSet:
     """The `max(1, int(capacity * n))` best candidates of every batch row, at most all of them."""
     length = score.shape[1]
-    order = score.masked_fill(~among.mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    order = _ranked(score, among)
     if of.count is not None and among.count is not None:
         count = min(_share(of.count, capacity), among.count)
         if count == among.count:
@@ -181,9 +181,16 @@ def _best(score: Tensor, among: TokenSet, of: TokenSet, capacity: float) -> Toke
     return TokenSet(among.mask & (rank < wanted[:, None]), most=_share(length, capacity))
 
 
+def _ranked(score: Tensor, among: TokenSet) -> Tensor:
+    """Positions [batch, tokens] from the best candidate to the worst, ties to the lower; then all other tokens."""
+    if score.is_floating_point():
+        score = score.clamp(min=torch.finfo(score.dtype).min)  # a candidate at -inf comes before what is no candidate
+    return score.masked_fill(~among.mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
+
+
 def _best_within(score: Tensor, among: TokenSet, of: TokenSet, capacity: float, within: Tensor) -> TokenSet:
     """The best candidates of every document, by its own number of tokens."""
-    order = score.masked_fill(~among.mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    order = _ranked(score, among)
     order = order.gather(1, within.gather(1, order).argsort(dim=1, stable=True))  # by document, then by score
     ids, places = within.gather(1, order), torch.arange(score.shape[1], device=score.device).expand_as(order)
     begins = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0))

@@ -146,3 +146,12 @@ def test_gradients_reach_only_what_was_selected(model: nn.Module, program: Progr
 def test_rules_that_need_no_score_among_candidates(rule: str, kept: list[int]) -> None:
     among = TokenSet(torch.tensor([[False, True, True, False, True]]))
     assert select(rule, None, among).mask[0].nonzero()[:, 0].tolist() == kept
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_a_candidate_comes_before_what_is_none_whatever_its_score(count: int | None) -> None:
+    low = float("-inf")
+    among = TokenSet(torch.tensor([[False, True, True, False]]), count=count)
+    assert select("topk(0.5)", torch.tensor([[0.0, low, low, 1.0]]), among).mask.tolist() == [
+        [False, True, False, False]
+    ]
