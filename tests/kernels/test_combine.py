@@ -16,6 +16,7 @@ from depthc.codegen.kernels.combine import applies, combine, combine_, combine_r
 from depthc.codegen.kernels.combine.op import combine_op, in_place_op
 from depthc.codegen.kernels.select import select_topk, select_where
 from depthc.ir.body import interpret
+from depthc.ir.errors import InputError
 from depthc.ir.tokens import TokenSet
 from depthc.ir.types import Type
 from depthc.passes.routing_glue import COMBINES, GATES
@@ -210,14 +211,14 @@ def test_where_the_kernels_do_not_apply_the_reference_runs(change: dict[int, Ten
 )
 def test_options_are_checked(options: dict[str, str], message: str) -> None:
     stream, rows, _, positions, inverse = made(1, 4, 2, 2)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         combine(stream, rows, None, positions, inverse, **options)
 
 
 def test_in_place_refuses_gradients() -> None:
     stream, *rest = made(1, 4, 2, 2)
     rest[0].requires_grad_()
-    with pytest.raises(ValueError, match="combine_ has no gradient"):
+    with pytest.raises(InputError, match="combine_ has no gradient"):
         combine_(stream, *rest)
     with torch.no_grad():
         combine_(stream, *rest)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from depthc.codegen.kernels.gather_norm import applies, gather_norm, gather_norm_reference
 from depthc.codegen.kernels.gather_norm.op import PROGRAMS, WIDEST, gather_norm_op
+from depthc.ir.errors import InputError
 from depthc.ir.tokens import TokenSet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,7 +157,7 @@ def test_where_the_kernel_does_not_apply_the_reference_runs(stream: Tensor, posi
 
 
 def test_kinds_are_checked() -> None:
-    with pytest.raises(ValueError, match="kind is 'batch'"):
+    with pytest.raises(InputError, match="kind is 'batch'"):
         gather_norm(torch.ones(1, 1, 1), torch.zeros(1, 1).long(), kind="batch")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from depthc.codegen.kernels.select import Ragged, Selection, applies, select_topk, select_where
 from depthc.codegen.kernels.select.op import LONGEST, ROWS, select_topk_op, select_where_op
 from depthc.codegen.kernels.select.reference import select_topk_reference, select_where_reference
-from depthc.ir.errors import RoutingError
+from depthc.ir.errors import InputError, RoutingError
 from depthc.ir.selection import select
 from depthc.ir.tokens import TokenSet
 
@@ -221,7 +221,7 @@ def test_where_the_kernel_does_not_apply_the_reference_runs(score: Tensor, topk:
 
 
 def test_k_is_checked() -> None:
-    with pytest.raises(ValueError, match="k is 5, and a row has 4 tokens"):
+    with pytest.raises(InputError, match="k is 5, and a row has 4 tokens"):
         select_topk(torch.zeros(1, 4), 5)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from depthc.codegen.kernels.combine.backward import constants, rows_backward_op, stream_backward_op
 from depthc.codegen.kernels.combine.reference import combine_reference
 from depthc.codegen.kernels.common import FLOATS, on, runs_on
+from depthc.ir.errors import InputError
 from depthc.passes.routing_glue import COMBINES, GATES
 
 
@@ -88,11 +89,16 @@ def combine_(
     """`combine` in place, for inference: writes the chosen rows of the stream alone, and returns the stream.
 
     Raises:
-        ValueError: a gradient is wanted.
+        InputError: a gradient is wanted, or there is no such kind or gate.
     """
     logits = _checked(logits, kind, gate)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (stream, rows, logits)):
-        raise ValueError("combine_ has no gradient: use combine, or torch.no_grad()")
+        raise InputError(
+            "combine_ has no gradient",
+            expected="arguments that take none",
+            found="one that requires grad",
+            remedy="use combine, or torch.no_grad()",
+        )
     if applies(stream, rows, logits, positions, inverse) or stream.stride(2) != 1:
         return stream.copy_(
             combine_reference(stream, rows, logits, positions, inverse, kind=kind, gate=gate, alpha=alpha)
@@ -105,11 +111,18 @@ def _checked(logits: Tensor | None, kind: str, gate: str) -> Tensor | None:
     """The logits, if they are read."""
     for name, value, known in (("kind", kind, COMBINES), ("gate", gate, GATES)):
         if value not in known:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+            raise InputError(
+                f"{name} is {value!r}",
+                expected=f"one of {', '.join(known)}",
+                found=repr(value),
+                remedy=f"use {next(iter(known))!r}",
+            )
     if kind in ("additive", "off"):
         return None
     if logits is None:
-        raise ValueError(f"{kind} needs logits")
+        raise InputError(
+            f"{kind} needs logits", expected="float32 [B, k]", found="None", remedy="pass them, or use kind='additive'"
+        )
     return logits
 
 

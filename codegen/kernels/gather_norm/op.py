@@ -9,6 +9,7 @@ from torch import Tensor
 
 from depthc.codegen.kernels.common import FLOATS, on, runs_on, warps
 from depthc.codegen.kernels.gather_norm.reference import KINDS, gather_norm_reference
+from depthc.ir.errors import InputError
 
 WIDEST = 8192  # features of a row, which a program holds in registers
 PROGRAMS = 528  # of the backward: four for each of 132 multiprocessors; fixed, so that sums do not depend on the device
@@ -63,7 +64,12 @@ def gather_norm(
         ([[[1.0, 2.0], [6.0, 8.0]]], [[[-1.0, 1.0], [-1.0, 1.0]]])
     """
     if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        raise InputError(
+            f"kind is {kind!r}",
+            expected=f"one of {', '.join(KINDS)}",
+            found=repr(kind),
+            remedy=f"use {next(iter(KINDS))!r}",
+        )
     if applies(stream, positions, weight, bias):
         return gather_norm_reference(stream, positions, weight, bias, eps=eps, kind=kind)
     rows, normed, _, _ = gather_norm_op(stream, positions, weight, bias, eps, kind)

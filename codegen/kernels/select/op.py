@@ -14,6 +14,7 @@ from depthc.codegen.kernels.select.reference import (
     select_topk_reference,
     select_where_reference,
 )
+from depthc.ir.errors import InputError
 from depthc.ir.selection import refuse_nan
 
 LONGEST = 8192  # tokens of a row that top-k holds in registers without spilling
@@ -54,6 +55,7 @@ def select_topk(logits: Tensor, k: int, candidates: Tensor | None = None, wanted
         wanted: int64 [B], how many each row chooses, at most k; k if not given.
 
     Raises:
+        InputError: k is more than a row has.
         RoutingError: a candidate's logit is not a number (on the CPU).
 
     Example:
@@ -62,7 +64,12 @@ def select_topk(logits: Tensor, k: int, candidates: Tensor | None = None, wanted
         (tensor([[1, 2]]), tensor([[-1,  0,  1, -1]], dtype=torch.int32))
     """
     if not 0 <= k <= logits.shape[1]:
-        raise ValueError(f"k is {k}, and a row has {logits.shape[1]} tokens")
+        raise InputError(
+            f"k is {k}, and a row has {logits.shape[1]} tokens",
+            expected=f"0 to {logits.shape[1]}",
+            found=str(k),
+            remedy="choose at most as many tokens as a row has",
+        )
     if applies(logits, candidates):
         return select_topk_reference(logits, k, candidates, wanted)
     positions, valid, mask, inverse, fine = select_topk_op(logits.detach(), k, candidates, wanted)

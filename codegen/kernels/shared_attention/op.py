@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from depthc.codegen.kernels.shared_attention.reference import reference
+from depthc.ir.errors import InputError
 
 LARGEST = 256  # features a head
 FARTHEST = 1 << 23  # numbers from a token to the next: offsets inside a tile are 32-bit
@@ -119,10 +120,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor | N
     fits = k.shape == v.shape == (batch, key_heads, size, features) and heads % key_heads == 0
     fits = fits and positions.shape == (batch, count) and (valid is None or valid.shape == (batch, count))
     if not (fits and (keep is None or keep.shape == (batch, size))):
-        shapes = [None if x is None else tuple(x.shape) for x in (q, k, v, positions, valid, keep)]
-        raise ValueError(
-            "shared_attention: expected q [B, H, K, d], k and v [B, Hkv, S, d] with H a multiple of Hkv, positions and "
-            f"valid [B, K], keep [B, S]; found {', '.join(map(str, shapes))}"
+        given = {"q": q, "k": k, "v": v, "positions": positions, "valid": valid, "keep": keep}
+        raise InputError(
+            "shapes of shared_attention do not fit together",
+            expected="q [B, H, K, d]; k, v [B, Hkv, S, d], H a multiple of Hkv; positions, valid [B, K]; keep [B, S]",
+            found=", ".join(f"{name} {list(x.shape)}" for name, x in given.items() if x is not None),
+            remedy="give one position a query, and one entry of keep a key",
         )
 
 
