@@ -68,6 +68,7 @@ def test_the_step_is_saved(tmp_path: Path) -> None:
     assert counts(depthc.load(tmp_path / "saved").train()) == counts(module)
 
 
+@pytest.mark.slow
 def test_the_step_is_read_where_a_module_around_loads() -> None:
     module, other = (nn.ModuleList([make(warmup=100).train()]) for _ in range(2))
     module[0].set_step(57)

@@ -82,7 +82,9 @@ def agree(case: Case) -> token.Result:
     return expected
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "rows", ["padded", *(pytest.param(rows, marks=pytest.mark.slow) for rows in ("full", "packed"))]
+)
 @pytest.mark.parametrize("kv", KV)
 def test_depths_are_the_oracles(kv: str, rows: str) -> None:
     expected = agree(Case("llama", rows, kv=kv))

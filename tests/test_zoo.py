@@ -69,6 +69,7 @@ def test_loops_follow_the_depth(check: Callable[..., str], depth: int, title: st
     assert run(check, stack(depth)).startswith(f"{title}, identity ")
 
 
+@pytest.mark.slow
 def test_layers_that_attend_are_routed_where_others_cannot_be() -> None:
     """By what they are: in the first model every other layer may be routed, in the second those two."""
     assert run(zoo_recipes.mod, stack()).startswith("layers 1, 3, identity ")
@@ -84,6 +85,7 @@ def test_a_step_that_does_not_help_is_a_failure(check: Callable[..., str], monke
         run(check, stack())
 
 
+@pytest.mark.slow
 def test_a_step_is_shorter_where_it_changes_a_choice_and_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uphill no step helps: the second is taken where the first has changed a choice, and only there."""
     lengths: list[float] = []
@@ -102,6 +104,7 @@ def test_a_step_is_shorter_where_it_changes_a_choice_and_does_not_help(monkeypat
         assert len(lengths) == steps
 
 
+@pytest.mark.slow
 def test_an_identity_that_is_none_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo_recipes, "with_scores", lambda program, _: program)
     monkeypatch.setattr(zoo_recipes, "_bias_to_full_depth", lambda module: None)
