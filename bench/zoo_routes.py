@@ -84,8 +84,8 @@ def unread_layers(loss: Tensor, aux: Aux) -> list[int]:
 
 
 def runs_whole(aux: Aux) -> bool:
-    """Whether every recursion has as many rows as tokens: it has those that the longest set of a batch row needs."""
-    return all(bool(route.chosen.all(-1).any()) for route in aux.routes)
+    """Whether every recursion has all tokens, so that it computes what the layers without routes do."""
+    return all(bool(route.chosen.all()) for route in aux.routes)
 
 
 def _check_best(route: Route, capacity: float, of: Route) -> None:

@@ -166,31 +166,34 @@ def select(
 
 def _best(score: Tensor, among: TokenSet, of: TokenSet, capacity: float) -> TokenSet:
     """The `max(1, int(capacity * n))` best candidates of every batch row, at most all of them."""
-    length = score.shape[1]
-    order = _ranked(score, among)
     if of.count is not None and among.count is not None:
         count = min(_share(of.count, capacity), among.count)
         if count == among.count:
             return among
-        best = torch.zeros_like(among.mask).scatter(1, order[:, :count], True)
+        best = torch.zeros_like(among.mask).scatter(1, ranked(score, among.mask)[:, :count], True)
         return TokenSet(best, count=count)
     sizes = of.mask.sum(1)
-    wanted = torch.minimum((sizes.double() * capacity).long().clamp(min=1), among.mask.sum(1))
-    places = torch.arange(length, device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter(1, order, places)
-    return TokenSet(among.mask & (rank < wanted[:, None]), most=_share(length, capacity))
+    wanted = (sizes.double() * capacity).long().clamp(min=1)
+    return TokenSet(best_of(score, among.mask, wanted), most=_share(score.shape[1], capacity))
 
 
-def _ranked(score: Tensor, among: TokenSet) -> Tensor:
+def best_of(score: Tensor, among: Tensor, wanted: Tensor) -> Tensor:
+    """bool [batch, tokens]: so many of the best candidates of every row as is `wanted` [batch], at most all of them."""
+    order = ranked(score, among)
+    places = torch.arange(score.shape[1], device=order.device).expand_as(order)
+    return among & (torch.empty_like(order).scatter(1, order, places) < wanted[:, None])
+
+
+def ranked(score: Tensor, among: Tensor) -> Tensor:
     """Positions [batch, tokens] from the best candidate to the worst, ties to the lower; then all other tokens."""
     if score.is_floating_point():
         score = score.clamp(min=torch.finfo(score.dtype).min)  # a candidate at -inf comes before what is no candidate
-    return score.masked_fill(~among.mask, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    return score.masked_fill(~among, float("-inf")).argsort(dim=1, descending=True, stable=True)
 
 
 def _best_within(score: Tensor, among: TokenSet, of: TokenSet, capacity: float, within: Tensor) -> TokenSet:
     """The best candidates of every document, by its own number of tokens."""
-    order = _ranked(score, among)
+    order = ranked(score, among.mask)
     order = order.gather(1, within.gather(1, order).argsort(dim=1, stable=True))  # by document, then by score
     ids, places = within.gather(1, order), torch.arange(score.shape[1], device=score.device).expand_as(order)
     begins = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0))

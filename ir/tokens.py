@@ -68,8 +68,8 @@ class TokenSet:
     @_once
     def slots(self) -> Tensor:
         """[members]: where each member is among the rows of `positions`, flattened."""
-        valid = torch.ones_like(self.positions, dtype=torch.bool) if self.valid is None else self.valid
-        return valid.flatten().nonzero()[:, 0]
+        slots = torch.arange(self.positions.numel(), device=self.mask.device).view_as(self.positions)
+        return torch.zeros_like(self.mask, dtype=torch.int64).scatter(1, self.positions, slots).flatten()[self.places]
 
     @_once
     def places(self) -> Tensor:

@@ -72,6 +72,7 @@ def test_closed_form_counts_what_runs(kind: str, recipe: str) -> None:
     assert flops(program, masked=False).subs(sizes) == counted(module, inputs)
 
 
+@pytest.mark.slow
 def test_masked_pairs_are_not_counted() -> None:
     """A Llama by hand: projections, attention over half of the pairs, MLP and head."""
     b, s, width, heads, size, hidden = 2, 10, oracles.WIDTH, 2, 8, 24

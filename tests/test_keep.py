@@ -130,6 +130,7 @@ def test_thresholds(options: dict[str, Any]) -> None:
     assert any(mask.any() and (case.real & ~mask).any() for mask in chosen)
 
 
+@pytest.mark.slow
 def test_evaluate_is_the_module() -> None:
     case = Case("llama", "padded", nested=True)
     for training in (True, False):
@@ -156,6 +157,7 @@ def test_telemetry_of_nested_choices() -> None:
     assert forward(case.compiled, case.inputs, False)[1].taps["score.keep.2"].shape == case.real.shape
 
 
+@pytest.mark.slow
 def test_rows_that_reach_every_product() -> None:
     case = Case("llama")
     forward(case.compiled, case.inputs, False)  # what is traced is not counted

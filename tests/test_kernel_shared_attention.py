@@ -1,6 +1,6 @@
 """Shared-KV attention without the interpreter: when it applies, what runs otherwise, and what compiles for Hopper.
 
-What the kernels compute is tested in `interpreted/test_shared_attention.py`.
+What the kernels compute is tested in `kernels/test_shared_attention.py`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def test_reasons_not_to_apply(reason: str) -> None:
 
 @needs_compiler
 def test_the_cpu_takes_the_reference() -> None:
-    assert applies(rows(), rows(), rows()) == "the device is cpu, not cuda"
+    assert applies(rows(), rows(), rows()) == "the tensors are on cpu, and Triton runs on cuda"
     q, k, positions = rows(tokens=3), rows(), torch.tensor([[0, 2, 5]])
     assert all(map(torch.equal, shared_attention(q, k, k, positions), reference(q, k, k, positions)))
 
@@ -115,9 +115,10 @@ def test_every_head_size_has_a_plan(features: int, width: int) -> None:
     assert plan_of(features, 2) == PLANS[2, max(64, width)]
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("features", [64, 128])
-@pytest.mark.parametrize("window", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", [False, True])
 @pytest.mark.parametrize("name", ["forward", "queries", "keys"])
 def test_kernels_compile_for_hopper(name: str, window: bool, features: int) -> None:
     """Products on tensor cores, loads in 16 bytes, nothing spilled, in the shared memory that there is."""

@@ -158,6 +158,7 @@ def test_other_settings(options: dict[str, Any]) -> None:
     agree(Case("llama", "padded", **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", ["row", "document"])
 def test_packed_rows(per: str) -> None:
     """Documents do not see each other, and compete with each other or not."""

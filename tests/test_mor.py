@@ -178,6 +178,7 @@ def test_auxiliary_routers_decide_in_inference(router: str) -> None:
     agree(Case("llama", "padded", router=router, aux=True, causal=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", KV)
 def test_each_document_chooses_for_itself(kv: str) -> None:
     agree(Case("llama", "packed", kv=kv, per="document"))

@@ -188,6 +188,7 @@ def test_checkpointing_changes_no_gradient(routed: DepthModule) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True) if a is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
 def test_bodies_compiled_once_compute_the_same() -> None:
     torch.compiler.reset()

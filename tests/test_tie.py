@@ -204,6 +204,7 @@ def test_values_come_from_layers_of_the_same_kind() -> None:
         assert torch.equal(own, model.mlps[source].up.weight)
 
 
+@pytest.mark.slow
 def test_first_layers_of_another_kind_may_be_kept() -> None:
     model = seeded(lambda: TwoKinds((0, 1)))
     with pytest.raises(RecipeError, match="not the same function") as caught:

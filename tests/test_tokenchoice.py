@@ -231,6 +231,7 @@ def test_shares_that_are_not_numbers() -> None:
         module(ids())
 
 
+@pytest.mark.slow
 def test_reports_say_how_deep_tokens_go() -> None:
     module = depthc.compile(seeded(lambda: Stacked(Spec(depth=8))), "mor_token", args=(ids(),), std=1.0)
     found = report(module.forward_with_aux(ids(2, 12))[1])

@@ -151,6 +151,7 @@ def _saves(trainer: Any, module: DepthModule, folder: Path) -> None:
     assert torch.equal(fresh(**BATCH).logits, module(**BATCH).logits)
 
 
+@pytest.mark.slow
 def test_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = routed(llama()[1], loss=1.0)
     whole.add_losses = True

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from depthc.ir.errors import InputError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INSTALLED = find_spec("triton") is not None
@@ -27,9 +30,17 @@ def runs_on(*tensors: Tensor | None) -> str | None:
     device = devices.pop()
     if not _INSTALLED:
         return "triton is not installed"
-    if device.type == "cuda" or (device.type == "cpu" and interpreted()):
+    if device.type == "cuda":
+        return None if is_new(device) else "the GPU is older than compute capability 8.0"
+    if device.type == "cpu" and interpreted():
         return None
     return f"the tensors are on {device.type}, and Triton runs on cuda"
+
+
+@torch.compiler.assume_constant_result
+def is_new(device: torch.device) -> bool:
+    """Whether a GPU has bf16 and asynchronous copies."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.compiler.assume_constant_result
@@ -38,6 +49,15 @@ def interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def require_one_of(name: str, value: str, known: Collection[str]) -> None:
+    """An error where an option has none of the values that it may have."""
+    if value not in known:
+        remedy = f"use {next(iter(known))!r}"
+        raise InputError(
+            f"{name} is {value!r}", expected="one of " + ", ".join(known), found=repr(value), remedy=remedy
+        )
 
 
 def on(tensor: Tensor) -> AbstractContextManager[object]:

@@ -7,9 +7,11 @@ Ops that take every row by itself run on the packed rows, [1, members, ...]; att
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from depthc.ir.axes.analysis import Axes, analyse
 from depthc.ir.axes.labels import Label, kinds_in
@@ -72,7 +74,7 @@ class Packing:
         assert positions is not None and valid is not None, "packed rows are of a set"
         return cls(axes, Rows(positions.shape[1], positions, valid), slots, positions.shape[0])
 
-    @property
+    @cached_property
     def rows(self) -> Rows:
         """The packed rows."""
         assert self.padded.positions is not None
@@ -80,18 +82,22 @@ class Packing:
         positions, owners = (t.flatten()[self.slots][None] for t in (self.padded.positions, owners))
         return Rows(self.slots.shape[0], positions, None, owners)
 
-    @property
-    def lengths(self) -> Tensor:
-        """[batch]: the members of every batch row."""
+    @cached_property
+    def ends(self) -> Tensor:
+        """int32[batch + 1]: where the members of every batch row begin; the last entry is their number."""
         assert self.padded.valid is not None
-        return self.padded.valid.sum(1)
+        return F.pad(self.padded.valid.sum(1).cumsum(0), (1, 0)).int()
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[batch * width]: which packed row lies at a padded one; the first, where none does."""
+        places = self.slots.new_zeros(self.batch * self.padded.count)
+        return places.scatter(0, self.slots, torch.arange(self.slots.shape[0], device=self.slots.device))
 
     def pad(self, x: Tensor, label: Label, packed: Extent, padded: Extent) -> Tensor:
         """Packed rows as padded ones; what fills up is the first member's."""
         flat, rest = self._rows_first(x, label, packed)
-        places = self.slots.new_zeros(self.batch * self.padded.count)
-        places = places.scatter(0, self.slots, torch.arange(self.slots.shape[0], device=x.device))
-        wide = flat[places].unflatten(0, (self.batch, self.padded.count))
+        wide = flat[self.places].unflatten(0, (self.batch, self.padded.count))
         return arrange(wide, [self.axes.batch, self.axes.token, *rest], label, padded)
 
     def pack(self, x: Tensor, label: Label, packed: Extent, padded: Extent) -> Tensor:

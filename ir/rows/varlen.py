@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from depthc.ir.axes.ops import argument
 from depthc.ir.rows.packing import Packing
@@ -30,14 +29,10 @@ def fits(schedule: Schedule, node: fx.Node, causal: Sequence[bool]) -> bool:
     if axes.kinds.get(node) != "fused":
         return False
     port = schedule.port_of[node]
-    masked = argument(node, 3, "attn_mask") is not None and not _is_causal(causal, port)
+    masked = argument(node, 3, "attn_mask") is not None and not (causal and causal[port])
     masked = masked or argument(node, 4, "dropout_p", 0.0) != 0.0
     plain = all(_is_plain(schedule, source) for source in node.args[:3])  # type: ignore[arg-type]
     return schedule.sources[port] == "own" and not schedule.ports[port].cross and not masked and plain
-
-
-def _is_causal(causal: Sequence[bool], port: int) -> bool:
-    return bool(causal) and causal[port]
 
 
 def _is_plain(schedule: Schedule, source: fx.Node) -> bool:
@@ -68,9 +63,8 @@ def attend(node: fx.Node, rows: Sequence[Tensor], packing: Packing) -> Tensor:
 
     heads = rows[0].shape[1]
     q, k, v = (x[0].transpose(0, 1).to(_dtype(rows[0])) for x in rows)
-    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-    ends = F.pad(packing.lengths.cumsum(0), (1, 0)).int()
-    most = packing.padded.count
+    k, v = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    ends, most = packing.ends, packing.padded.count
     causal = argument(node, 5, "is_causal", False) or argument(node, 3, "attn_mask") is not None
     window = (-1, 0 if causal else -1)
     scale = argument(node, 6, "scale", None)

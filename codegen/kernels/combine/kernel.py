@@ -3,14 +3,15 @@
 B batch rows, S tokens, k rows a batch row, D features; offsets are 64 bits wide.
 """
 
-from __future__ import annotations
+# Arguments of kernels have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
+def _tanh(x):
     """tanh; near 0 its series, where 1 - exp(-2|x|) would cancel."""
     square, decay = x * x, tl.exp(-2.0 * tl.abs(x))
     large = (1.0 - decay) / (1.0 + decay)
@@ -19,7 +20,7 @@ def _tanh(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gate(logit, alpha, GATE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gate(logit, alpha, GATE: tl.constexpr):
     """(score, its derivative)."""
     score, slope = logit, 1.0
     if GATE == "sigmoid":
@@ -32,7 +33,7 @@ def _gate(logit, alpha, GATE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _combined(x, y, score, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def _combined(x, y, score, KIND: tl.constexpr):
     if KIND == "weighted":
         y = x + score * y
     if KIND == "additive":
@@ -43,7 +44,7 @@ def _combined(x, y, score, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
+def forward_kernel(
     stream, rows, logits, inverse, out,  # [B, S, D], [B, k, D], fp32 [B, k], int32 [B, S], [B, S, D]
     S, k, stream_row, stream_token, alpha,
     D: tl.constexpr, KIND: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
@@ -69,7 +70,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def in_place_kernel(  # type: ignore[no-untyped-def]
+def in_place_kernel(
     stream, rows, logits, positions, inverse,  # as above; int64 [B, k]
     S, k, stream_row, stream_token, alpha,
     D: tl.constexpr, KIND: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
@@ -94,7 +95,7 @@ def in_place_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def rows_backward_kernel(  # type: ignore[no-untyped-def]
+def rows_backward_kernel(
     grad, stream, rows, logits, positions, inverse,  # as above; grad is [B, S, D] and dense
     grad_rows, grad_logits,  # [B, k, D], fp32 [B, k]
     S, k, stream_row, stream_token, alpha,
@@ -125,7 +126,7 @@ def rows_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def stream_backward_kernel(  # type: ignore[no-untyped-def]
+def stream_backward_kernel(
     grad, logits, inverse, grad_stream,  # as above
     S, k, alpha,
     D: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,

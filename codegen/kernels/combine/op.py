@@ -9,7 +9,7 @@ from torch import Tensor
 
 from depthc.codegen.kernels.combine.backward import constants, rows_backward_op, stream_backward_op
 from depthc.codegen.kernels.combine.reference import combine_reference
-from depthc.codegen.kernels.common import FLOATS, on, runs_on
+from depthc.codegen.kernels.common import FLOATS, on, require_one_of, runs_on
 from depthc.ir.errors import InputError
 from depthc.passes.routing_glue import COMBINES, GATES
 
@@ -63,6 +63,9 @@ def combine(
         kind: one of `COMBINES`.
         gate: one of `GATES`.
 
+    Raises:
+        InputError: there is no such kind or gate, or no logits where they are read.
+
     Example:
         >>> stream, rows = torch.ones(1, 3, 1), torch.tensor([[[5.0]]])
         >>> positions, inverse = torch.tensor([[1]]), torch.tensor([[-1, 0, -1]], dtype=torch.int32)
@@ -109,14 +112,8 @@ def combine_(
 
 def _checked(logits: Tensor | None, kind: str, gate: str) -> Tensor | None:
     """The logits, if they are read."""
-    for name, value, known in (("kind", kind, COMBINES), ("gate", gate, GATES)):
-        if value not in known:
-            raise InputError(
-                f"{name} is {value!r}",
-                expected=f"one of {', '.join(known)}",
-                found=repr(value),
-                remedy=f"use {next(iter(known))!r}",
-            )
+    require_one_of("kind", kind, COMBINES)
+    require_one_of("gate", gate, GATES)
     if kind in ("additive", "off"):
         return None
     if logits is None:

@@ -3,14 +3,15 @@
 B batch rows, S tokens, k positions a row, D features; D is a constant, so that rows keep their 16-byte alignment.
 """
 
-from __future__ import annotations
+# Arguments of kernels have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
+def forward_kernel(
     stream, positions, weight, bias,  # [B, S, D], int64 [B, k], [D], [D]
     rows, normed, mean, rstd,  # [B, k, D], [B, k, D], fp32 [B, k], fp32 [B, k]
     k, stream_row, stream_token, eps,
@@ -42,7 +43,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def backward_kernel(  # type: ignore[no-untyped-def]
+def backward_kernel(
     grad_rows, grad_normed, rows, positions, weight, mean, rstd,  # as above
     grad_stream, weight_parts, bias_parts,  # zeros [B, S, D], fp32 [programs, D], fp32 [programs, D]
     n, k, S, programs,

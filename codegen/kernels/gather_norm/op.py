@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthc.codegen.kernels.common import FLOATS, on, runs_on, warps
+from depthc.codegen.kernels.common import FLOATS, on, require_one_of, runs_on, warps
 from depthc.codegen.kernels.gather_norm.reference import KINDS, gather_norm_reference
-from depthc.ir.errors import InputError
 
 WIDEST = 8192  # features of a row, which a program holds in registers
 PROGRAMS = 528  # of the backward: four for each of 132 multiprocessors; fixed, so that sums do not depend on the device
@@ -57,19 +56,16 @@ def gather_norm(
         bias: [D].
         kind: "rms": x / sqrt(mean(x^2) + eps); "layer": the same of x - mean(x).
 
+    Raises:
+        InputError: there is no such kind.
+
     Example:
         >>> stream = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [6.0, 8.0]]])
         >>> rows, normed = gather_norm(stream, torch.tensor([[0, 2]]), kind="layer")
         >>> rows.tolist(), normed.round(decimals=3).tolist()
         ([[[1.0, 2.0], [6.0, 8.0]]], [[[-1.0, 1.0], [-1.0, 1.0]]])
     """
-    if kind not in KINDS:
-        raise InputError(
-            f"kind is {kind!r}",
-            expected=f"one of {', '.join(KINDS)}",
-            found=repr(kind),
-            remedy=f"use {next(iter(KINDS))!r}",
-        )
+    require_one_of("kind", kind, KINDS)
     if applies(stream, positions, weight, bias):
         return gather_norm_reference(stream, positions, weight, bias, eps=eps, kind=kind)
     rows, normed, _, _ = gather_norm_op(stream, positions, weight, bias, eps, kind)

@@ -3,15 +3,20 @@
 At most 4 warps everywhere: `cumsum` beside `sum` in one kernel has crashed on Hopper with 8 (triton 3.6).
 """
 
-from __future__ import annotations
+# Arguments of kernels have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _sort_key(x, among):  # type: ignore[no-untyped-def]
-    """uint32 keys in the order of the floats; -0.0 is 0.0, NaN is above all, and what is no candidate is below all."""
+def _sort_key(x, among):
+    """uint32 keys in the order of the floats; NaN is above all, and what is no candidate is below all.
+
+    As in `depthc.ir.selection.ranked`, -inf is the lowest number, and -0.0 is 0.0.
+    """
+    x = tl.where(x == float("-inf"), -3.4028234663852886e38, x)
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
     flipped = tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     flipped = tl.where(x == x, flipped, 0xFFC00000)
@@ -19,7 +24,7 @@ def _sort_key(x, among):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _kth_largest(key, count):  # type: ignore[no-untyped-def]
+def _kth_largest(key, count):
     """The largest t such that at least `count` keys are >= t: two bits a round, from the highest.
 
     The three counts of a round share one 64-bit sum, 21 bits each: a reduction over the block is what a round costs.
@@ -39,7 +44,7 @@ def _kth_largest(key, count):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_keys(  # type: ignore[no-untyped-def]
+def _load_keys(
     logits, candidates, row, at, S, logits_row, logits_token, candidates_row, candidates_token, HAS_CANDIDATES
 ):
     """(keys, whether it is a candidate, whether it is a candidate that is NaN) of some tokens of a row."""
@@ -52,7 +57,7 @@ def _load_keys(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def topk_kernel(  # type: ignore[no-untyped-def]
+def topk_kernel(
     logits, candidates, wanted,  # fp32 [B, S], bool [B, S], int64 [B]
     positions, valid, mask, inverse, fine,  # int64 [B, k], bool [B, k], bool [B, S], int32 [B, S], bool [B]
     S, k, logits_row, logits_token, candidates_row, candidates_token,
@@ -99,7 +104,7 @@ def topk_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def where_kernel(  # type: ignore[no-untyped-def]
+def where_kernel(
     score, candidates,  # fp32, int32 or int64 [B, S], bool [B, S]
     mask, counts, fine,  # bool [B, S], int32 [B], bool [B]
     number, S, score_row, score_token, candidates_row, candidates_token,
@@ -127,7 +132,7 @@ def where_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def pack_kernel(  # type: ignore[no-untyped-def]
+def pack_kernel(
     mask, counts,  # bool [B, S], int32 [B]
     cu_seqlens, places, inverse,  # int32 [B + 1], int64 [B * S], int32 [B, S]
     B, S, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from depthc.ir.selection import refuse_nan
+from depthc.codegen.kernels.combine.reference import inverse_of
+from depthc.ir.selection import best_of, refuse_nan
+from depthc.ir.tokens import TokenSet
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,21 +55,12 @@ def select_topk_reference(
     """The k best candidates of every row; see `depthc.codegen.kernels.select.select_topk`."""
     among = torch.ones_like(logits, dtype=torch.bool) if candidates is None else candidates
     refuse_nan(logits, among)
-    order = logits.masked_fill(~among, -math.inf).argsort(dim=1, descending=True, stable=True)
-    # A candidate at -inf comes before what is no candidate, wherever the two stand.
-    order = order.gather(1, (~among).gather(1, order).to(torch.int8).argsort(dim=1, stable=True))
-    places = torch.arange(logits.shape[1], device=logits.device).expand_as(order)
-    rank = torch.empty_like(order).scatter(1, order, places)
-    count = among.sum(1).clamp(max=k)
-    if wanted is not None:
-        count = torch.minimum(count, wanted)
-    mask = among & (rank < count[:, None])
-    chosen_first = torch.sort((~mask).to(torch.int8), dim=1, stable=True).indices
-    positions = chosen_first[:, :k].sort(1).values
-    slots = torch.arange(k, device=logits.device, dtype=torch.int32).expand_as(positions)
-    inverse = torch.full_like(mask, -1, dtype=torch.int32).scatter(1, positions, slots).masked_fill(~mask, -1)
-    valid = None if candidates is None and wanted is None else mask.gather(1, positions)
-    return Selection(positions, valid, mask, inverse)
+    count = torch.full_like(among[:, 0], k, dtype=torch.int64) if wanted is None else wanted.clamp(max=k)
+    mask = best_of(logits, among, count)
+    tokens = TokenSet(mask, most=k)
+    inverse = inverse_of(tokens.positions, logits.shape[1], tokens.valid)
+    valid = None if candidates is None and wanted is None else tokens.valid
+    return Selection(tokens.positions, valid, mask, inverse)
 
 
 def select_where_reference(

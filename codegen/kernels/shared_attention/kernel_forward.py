@@ -20,27 +20,11 @@ from depthc.codegen.kernels.shared_attention.kernel_common import (
 
 @triton.jit
 def _attend(
-    state,
-    queries,
-    place,
-    k,
-    v,
-    keep,
-    k_token,
-    v_token,
-    low,
-    first,
-    last,
-    end,
-    window,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    state, queries, place, k, v, keep,
+    k_token, v_token,
+    low, first, last, end, window, scale, softcap,
+    D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """(sum of weighted values, largest score, sum of weights) after the tiles of keys that begin in [first, last)."""
     acc, top, total = state
     for start in range(first, last, KEYS):
@@ -63,39 +47,11 @@ def _attend(
 
 @triton.jit
 def forward_kernel(
-    q,
-    k,
-    v,
-    positions,
-    valid,
-    keep,
-    out,
-    lse,
-    q_row,
-    q_head,
-    q_token,
-    k_row,
-    k_head,
-    k_token,
-    v_row,
-    v_head,
-    v_token,
-    out_row,
-    out_head,
-    out_token,
-    heads,
-    groups,
-    count,
-    size,
-    window,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, positions, valid, keep, out, lse,
+    q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_row, out_head, out_token,
+    heads, groups, count, size, window, scale, softcap,
+    D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     # Later queries see more keys: the longest programs start first.
     first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)

@@ -21,30 +21,11 @@ from depthc.codegen.kernels.shared_attention.kernel_common import (
 
 @triton.jit
 def _collect(
-    dq,
-    queries,
-    douts,
-    log,
-    delta,
-    place,
-    k,
-    v,
-    keep,
-    k_token,
-    v_token,
-    low,
-    first,
-    last,
-    end,
-    window,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    dq, queries, douts, log, delta, place, k, v, keep,
+    k_token, v_token,
+    low, first, last, end, window, scale, softcap,
+    D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Gradient of the queries, without the scale, after the tiles of keys that begin in [first, last)."""
     for start in range(first, last, KEYS):
         at = start + tl.arange(0, KEYS)
@@ -63,49 +44,12 @@ def _collect(
 
 @triton.jit
 def queries_kernel(
-    q,
-    k,
-    v,
-    positions,
-    valid,
-    keep,
-    out,
-    lse,
-    dout,
-    dlse,
-    delta,
-    dq,
-    q_row,
-    q_head,
-    q_token,
-    k_row,
-    k_head,
-    k_token,
-    v_row,
-    v_head,
-    v_token,
-    out_row,
-    out_head,
-    out_token,
-    dout_row,
-    dout_head,
-    dout_token,
-    dq_row,
-    dq_head,
-    dq_token,
-    heads,
-    groups,
-    count,
-    size,
-    window,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, positions, valid, keep, out, lse, dout, dlse, delta, dq,
+    q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_row, out_head, out_token, dout_row,
+    dout_head, dout_token, dq_row, dq_head, dq_token,
+    heads, groups, count, size, window, scale, softcap,
+    D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Writes dq, and delta[batch, head, query], the mean gradient of the weights, for the gradients of the keys."""
     first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)

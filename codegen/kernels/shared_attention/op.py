@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from depthc.codegen.kernels.common import FLOATS, on, runs_on
 from depthc.codegen.kernels.shared_attention.reference import reference
 from depthc.ir.errors import InputError
 
 LARGEST = 256  # features a head
 FARTHEST = 1 << 23  # numbers from a token to the next: offsets inside a tile are 32-bit
 MOST = 65535  # sequences, and heads: what a grid has
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def shared_attention(
@@ -86,7 +84,7 @@ def applies(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         >>> applies(half, half, half)
         'heads have 300 features, more than 256'
     """
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
         return f"queries, keys and values are {q.dtype}, {k.dtype} and {v.dtype}, not all bf16, fp16 or fp32"
     if q.shape[3] > LARGEST:
         return f"heads have {q.shape[3]} features, more than {LARGEST}"
@@ -98,20 +96,7 @@ def applies(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "features do not lie side by side"
     if any(x.stride(2) > FARTHEST for x in (q, k, v)):
         return f"tokens lie more than {FARTHEST} numbers apart"
-    return _unsupported(q.device)
-
-
-def _unsupported(device: torch.device) -> str | None:
-    """Why the kernels do not run on a device."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda":
-        return f"the device is {device.type}, not cuda"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
-    return None
+    return runs_on(q, k, v)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor | None, keep: Tensor | None) -> None:
@@ -144,7 +129,7 @@ def _forward(
     # Imported when first needed: `applies` answers where there is no triton.
     from depthc.codegen.kernels.shared_attention import launch
 
-    with torch.cuda.device_of(q):  # triton launches on the current device
+    with on(q):
         return launch.forward(launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap))
 
 
@@ -172,7 +157,7 @@ def _backward(
     from depthc.codegen.kernels.shared_attention import launch
 
     given = launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap)
-    with torch.cuda.device_of(q):
+    with on(q):
         dq, delta = launch.gradient_of_queries(given, out, lse, dout, dlse)
         return dq, *launch.gradients_of_keys(given, lse, dout, delta)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,6 +17,7 @@ from depthc.codegen.kernels.shared_attention.op import _backward, _forward, appl
 from depthc.codegen.kernels.shared_attention.reference import reference
 from depthc.codegen.kernels.shared_attention.tiles import Plan, Tiles
 
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU: test_gpu_kernels.py")
 SMALL = Tiles(16, 16, 4, 1)
 
 
