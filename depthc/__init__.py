@@ -7,6 +7,7 @@ again, `save` and `load` keep such modules, `generate` continues sequences, and 
 
 from depthc.checkpoint import load, save
 from depthc.compiler import compile
+from depthc.explain import Explanation, explain
 from depthc.ir.capture import capture
 from depthc.ir.errors import (
     CaptureError,
@@ -33,6 +34,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "DepthError",
+    "Explanation",
     "IncrementalError",
     "InputError",
     "OutlineError",
@@ -46,6 +48,7 @@ __all__ = [
     "VerifyError",
     "capture",
     "compile",
+    "explain",
     "generate",
     "load",
     "parse",

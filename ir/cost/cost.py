@@ -8,10 +8,11 @@ from math import prod
 
 import sympy
 
+from depthc.ir import sizes as size_expressions
+from depthc.ir.cost.layers import owner_of
 from depthc.ir.cost.walk import as_written, walk_of
 from depthc.ir.errors import IncrementalError, InputError
 from depthc.ir.names import closest
-from depthc.ir.params import Param, Ref
 from depthc.ir.plans import plan_of
 from depthc.ir.program import Program
 
@@ -125,7 +126,20 @@ def _cost_of(program: Program, selection: str) -> Cost:
     )
 
 
-def owner_of(program: Program, name: str) -> str:
-    """The name of the weight that a parameter is; its own where it is made of others, or new."""
-    param: Param = program.params[name]
-    return param.expr.name if isinstance(param.expr, Ref) else name
+def usual_sizes(program: Program, length: int = 2048) -> dict[str, int]:
+    """A batch of 1 and `length` tokens, or the nearest sizes that the program takes, for figures to be shown at."""
+    cost, signature = cost_of(program), program.signature
+    exprs = (cost.flops, cost.cache_bytes or sympy.S.Zero)
+    names = {s.name for e in exprs for s in e.free_symbols} - cost.capacities.keys() - cost.unknown.keys()
+    found: dict[str, int] = {}
+    for name in sorted(names):
+        low, high = signature.ranges.get(name, (1, None))
+        found[name] = max(low, min(1 if name == "b" else length, length if high is None else high))
+    guards = [
+        guard for guard in signature.guards if size_expressions.names(size_expressions.read(guard)) <= found.keys()
+    ]
+    for smaller in range(length):  # a length that a window must divide
+        at = {name: max(1, size - smaller) if name != "b" else size for name, size in found.items()}
+        if all(size_expressions.evaluate(guard, at) for guard in guards):
+            return at
+    return found
