@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from depthc.ir.settle import settle
 from depthc.ir.signature import device_of
 from depthc.passes.pipeline import Step
 from depthc.passes.recipe import Recipe
+from depthc.passes.stages import stages_of
 
 _RESERVED = ("program", "recipe", "history", "add_losses", "selection")
 
@@ -135,6 +137,17 @@ class DepthModule(Checkpointing, nn.Module):
         if STEP in self._owners:
             self.parameter_of(STEP).fill_(step)
             self._read_step()
+
+    def dump(self, folder: str | Path) -> Path:
+        """Write what the recipe did into a folder, a few files for every pass and `report.html`; returns the folder.
+
+        Raises:
+            DumpError: the folder cannot be written; nothing is left half-written.
+        """
+        from depthc.codegen.dump.files import dump_of, write
+
+        stages = stages_of(self.program, self.history)
+        return write(dump_of(stages, f"{self.program.name} | {self.recipe}"), folder)
 
     def _read_step(self) -> None:
         """The stage of the schedules as a number that changes seldom: what is compiled depends on it."""

@@ -5,14 +5,17 @@ again, `save` and `load` keep such modules, `generate` continues sequences, and 
 `print(program)` wrote.
 """
 
+from depthc.bisect import Bisection, bisect
 from depthc.checkpoint import load, save
 from depthc.compiler import compile
+from depthc.dumps import dump
 from depthc.explain import Explanation, explain
 from depthc.ir.capture import capture
 from depthc.ir.errors import (
     CaptureError,
     CheckpointError,
     DepthError,
+    DumpError,
     IncrementalError,
     InputError,
     OutlineError,
@@ -21,6 +24,7 @@ from depthc.ir.errors import (
     RoutingError,
     StateDictError,
     SubsetError,
+    TargetError,
     VerifyError,
 )
 from depthc.ir.program import Program
@@ -31,9 +35,11 @@ from depthc.runtime.generate import generate
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bisection",
     "CaptureError",
     "CheckpointError",
     "DepthError",
+    "DumpError",
     "Explanation",
     "IncrementalError",
     "InputError",
@@ -45,9 +51,12 @@ __all__ = [
     "RoutingError",
     "StateDictError",
     "SubsetError",
+    "TargetError",
     "VerifyError",
+    "bisect",
     "capture",
     "compile",
+    "dump",
     "explain",
     "generate",
     "load",

@@ -8,7 +8,7 @@ from math import prod
 
 import sympy
 
-from depthc.ir import sizes as size_expressions
+from depthc.ir import sizes as expressions
 from depthc.ir.cost.layers import owner_of
 from depthc.ir.cost.walk import as_written, walk_of
 from depthc.ir.errors import IncrementalError, InputError
@@ -107,12 +107,12 @@ def cost_of(program: Program, *, selection: str = "training") -> Cost:
 
 
 def _cost_of(program: Program, selection: str) -> Cost:
-    reason, kinds = "", {}
+    reason, plan = "", None
     try:
-        kinds = plan_of(program).kinds
+        plan = plan_of(program)
     except IncrementalError as error:
         reason = error.what
-    walk = walk_of(program, selection=selection, symbolic=True, kinds=kinds)
+    walk = walk_of(program, selection=selection, symbolic=True, kinds=plan.kinds if plan else None)
     owned = {owner_of(program, name): p for name, p in program.params.items() if p.kind in ("parameter", "frozen")}
     counts = {owner: (prod(param.type.sizes({})), param.type.dtype.itemsize) for owner, param in owned.items()}
     return Cost(
@@ -140,6 +140,6 @@ def usual_sizes(program: Program, length: int = 2048) -> dict[str, int]:
     ]
     for smaller in range(length):  # a length that a window must divide
         at = {name: max(1, size - smaller) if name != "b" else size for name, size in found.items()}
-        if all(size_expressions.evaluate(guard, at) for guard in guards):
+        if all(expressions.evaluate(guard, at) for guard in guards):
             return at
     return found

@@ -1,4 +1,4 @@
-"""Walk: goes through a program as an evaluator does, with shapes in place of values, and counts what is run and kept."""
+"""Walk: goes through a program as an evaluator does, with shapes for values, and counts what is run and kept."""
 
 from __future__ import annotations
 
