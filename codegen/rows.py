@@ -8,6 +8,7 @@ and from then on the graph runs: it is faster, and torch.compile takes it like a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,10 +153,7 @@ def _trace(way: _Way, tensors: Arguments) -> Callable[..., Any]:
         return flat
 
     examples = pytree.tree_leaves(_Examples(way.block, tensors).all())
-    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
-        fakes = [example.fake(mode) for example in examples if example is not None]
-        with torch.no_grad(), way.autocast():
-            graph = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes).graph
+    graph = traced(run, [example for example in examples if example is not None], way.autocast())
     graph.eliminate_dead_code()
     forward, shape = fx.GraphModule(nn.Module(), graph).forward, shapes[-1]
 
@@ -165,8 +163,18 @@ def _trace(way: _Way, tensors: Arguments) -> Callable[..., Any]:
     return with_own_code(lowered)
 
 
+def traced(
+    run: Callable[..., Any], examples: Sequence[Example], context: AbstractContextManager[Any] | None = None
+) -> fx.Graph:
+    """The ops that a function of tensors runs, as autograd will see them; its sizes are symbols."""
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
+        fakes = [example.fake(mode) for example in examples]
+        with torch.no_grad(), context or nullcontext():
+            return make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes).graph
+
+
 @dataclass(frozen=True)
-class _Example:
+class Example:
     """A tensor to trace with; the sizes in `dims` are symbols, equal ones the same symbol."""
 
     tensor: Tensor
@@ -224,8 +232,8 @@ class _Examples:
         return {
             "carries": tuple(self._carry(i.type, t) for i, t in zip(carries, given["carries"], strict=True)),
             "sides": tuple(self._value(i.type, t, {}) for i, t in zip(sides, given["sides"], strict=True)),
-            "params": tuple(_Example(t.detach()) for t in given["params"]),
-            "ruler": None if ruler is None else _Example(ruler.new_empty((self._length, 0)), (0,)),
+            "params": tuple(Example(t.detach()) for t in given["params"]),
+            "ruler": None if ruler is None else Example(ruler.new_empty((self._length, 0)), (0,)),
             "caches": tuple(self._cache(port, cache) for port, cache in enumerate(given["caches"])),
             "slots": None if given["slots"] is None else self._made(given["slots"], {0: self.rows}),
             **{name: self._rows(given[name], count) for name, count in _ROW_SIZES.items()},
@@ -235,28 +243,28 @@ class _Examples:
     def _length(self) -> int:
         return sizes.evaluate(self.length, self.hints)
 
-    def _carry(self, type: Any, tensor: Tensor) -> _Example:
+    def _carry(self, type: Any, tensor: Tensor) -> Example:
         return self._value(type, tensor, {self.token_dim: self.rows})
 
-    def _value(self, type: Any, tensor: Tensor, known: dict[int, int]) -> _Example:
+    def _value(self, type: Any, tensor: Tensor, known: dict[int, int]) -> Example:
         """An example of a body's input; `known` are sizes that are not those of its type."""
         wanted = {d: sizes.evaluate(s, self.hints) for d, s in enumerate(type.shape) if isinstance(s, str)} | known
         return self._made(tensor, wanted)
 
-    def _made(self, tensor: Tensor, wanted: Mapping[int, int]) -> _Example:
+    def _made(self, tensor: Tensor, wanted: Mapping[int, int]) -> Example:
         dims = tuple(d for d in wanted if tensor.shape[d] != 1)
         shape = [wanted[d] if d in dims else size for d, size in enumerate(tensor.shape)]
-        return _Example(torch.zeros(shape, dtype=tensor.dtype, device=tensor.device), dims)
+        return Example(torch.zeros(shape, dtype=tensor.dtype, device=tensor.device), dims)
 
-    def _rows(self, tensor: Tensor | None, count: int) -> _Example | None:
+    def _rows(self, tensor: Tensor | None, count: int) -> Example | None:
         return None if tensor is None else self._made(tensor, {0: _BATCH, 1: self.apart[count]})
 
-    def _cache(self, port: int, cache: Cache | None) -> tuple[_Example, ...] | None:
+    def _cache(self, port: int, cache: Cache | None) -> tuple[Example, ...] | None:
         if cache is None:
             return None
         return tuple(self._cached(port, c, t) for c, t in zip(cached_of(self.block)[port], cache, strict=True))
 
-    def _cached(self, port: int, cached: Cached, tensor: Tensor) -> _Example:
+    def _cached(self, port: int, cached: Cached, tensor: Tensor) -> Example:
         """An example of a cached tensor: its batch and its keys may be merged with other dimensions."""
         names = {size: name for name, size in self.axes.probe.sizes.items()}
         axis = ports_of(self.block)[port].axis

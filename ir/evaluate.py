@@ -151,15 +151,17 @@ class Evaluator:
 
     def merge(self, op: Merge, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Write rows back into a stream."""
-        tokens, old, new = values[op.tokens], values[op.read], values[op.value]
-        packed = tokens.ragged and new.shape[0] == 1  # a batch of one, as a region makes of a ragged set
-        take, put = (tokens.pack, tokens.unpack) if packed else (tokens.take, tokens.put)
-        if op.combine is not None:
-            params = [self.param(indexed(name, indices)) for name in op.params]
-            rows = [take(old), new, *(take(values[name]) for name in op.extra)]
-            inputs = op.combine.arrange(rows, params, training=self.training, device=self.device)
-            (new,) = self.run_body(op.combine, inputs)
-        values[op.write] = put(old, new)
+        combine = partial(self._combined, op, indices) if op.combine is not None else None
+        extra = [values[name] for name in op.extra]
+        values[op.write] = values[op.tokens].merge(values[op.read], values[op.value], combine, extra)
+
+    def _combined(self, op: Merge, indices: Mapping[str, int], *rows: Tensor) -> Tensor:
+        assert op.combine is not None
+        params = [self.param(indexed(name, indices)) for name in op.params]
+        (new,) = self.run_body(
+            op.combine, op.combine.arrange(rows, params, training=self.training, device=self.device)
+        )
+        return new  # type: ignore[no-any-return]
 
     def apply(self, op: Segment | Call, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Run a segment or one application of a block."""

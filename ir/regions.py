@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from depthc.ir.evaluate import Evaluator, indexed
 from depthc.ir.masks.factors import Factor
 from depthc.ir.masks.masks import Mask, masks_of
-from depthc.ir.program import Call, Kv, On, Segment
+from depthc.ir.program import Block, Call, Kv, On, Segment
 from depthc.ir.rows import varlen
 from depthc.ir.rows.execution import Cache
 from depthc.ir.rows.gather import Rows
 from depthc.ir.rows.packing import packable
+from depthc.ir.rows.run import run_rows
 from depthc.ir.text.functions import walk
 from depthc.ir.tokens import TokenSet
 
@@ -76,20 +78,59 @@ def run_planned(
     packed: bool = False,
 ) -> None:
     """Apply a block to rows, with the slots of its plan as caches; writes its results into `values`."""
-    if tokens is not None and not tokens.width and len(carries) == len(op.writes):  # no token comes here
-        values.update(zip(op.writes, carries, strict=True))
-        return
-    names = [indexed(plan.slot, indices) for plan in op.kv]
-    plans = [settled(plan, name in evaluator.slots) for plan, name in zip(op.kv, names, strict=True)]
-    given = [evaluator.slots[n] if p.mode in ("read", "update") else None for p, n in zip(plans, names, strict=True)]
-    rows = rows_of(tokens)
-    keys = next((slot.keys for slot in given if slot is not None), Rows(0))
-    results, kept = evaluator.run_rows(
+    results = run_on(
         evaluator.program.blocks[op.block],
         carries,
         sides,
         [evaluator.param(indexed(name, indices)) for name in op.params],
         op.consts,
+        tokens=tokens,
+        packed=packed,
+        kv=[Kv(plan.mode, indexed(plan.slot, indices)) for plan in op.kv],
+        slots=evaluator.slots,
+        causal=_causal(evaluator, op) if packed and varlen.available(evaluator.device) else (),
+        training=evaluator.training,
+        device=evaluator.device,
+        run=evaluator.run_rows,
+    )
+    values.update(zip(op.writes, results, strict=True))
+
+
+def run_on(
+    block: Block,
+    carries: Sequence[Tensor],
+    sides: Sequence[Any],
+    params: Sequence[Tensor],
+    consts: Sequence[float] = (),
+    *,
+    tokens: TokenSet | None = None,
+    packed: bool = False,
+    kv: Sequence[Kv] = (),
+    slots: dict[str, Slot],
+    causal: Sequence[bool] = (),
+    training: bool = False,
+    device: torch.device,
+    run: Callable[..., Any] = run_rows,
+) -> tuple[Tensor, ...]:
+    """Apply a block to the rows of a token set; its key/value plans read and fill `slots`.
+
+    Args:
+        carries: rows of the set, packed if `packed`; of all tokens where there is no set.
+        sides, params, consts, causal, training, device: see `depthc.ir.rows.run.run_rows`.
+        run: `run_rows`, or what a lowering has in its place.
+    """
+    if tokens is not None and not tokens.width and len(carries) == len(block.body.results):  # no token comes here
+        return tuple(carries)
+    plans = [settled(plan, plan.slot in slots) for plan in kv]
+    given = [slots[plan.slot] if plan.mode in ("read", "update") else None for plan in plans]
+    rows = rows_of(tokens)
+    keys = next((slot.keys for slot in given if slot is not None), Rows(0))
+    results, kept = run(
+        block,
+        carries,
+        sides,
+        params,
+        consts,
         positions=rows.positions,
         valid=rows.valid,
         slots=tokens.slots if tokens and packed else None,
@@ -98,15 +139,15 @@ def run_planned(
         kv=plans,
         caches=[slot.cache if slot is not None else None for slot in given],
         ordered=True,
-        causal=_causal(evaluator, op) if packed and varlen.available(evaluator.device) else (),
+        causal=causal,
         length=tokens.mask.shape[1] if tokens else None,
-        training=evaluator.training,
-        device=evaluator.device,
+        training=training,
+        device=device,
     )
-    for plan, written, name, cache in zip(plans, op.kv, names, kept, strict=False):
+    for plan, written, cache in zip(plans, kv, kept, strict=False):
         if plan.mode == "store" or (plan.mode == "update" and written.mode != "overlay"):
-            evaluator.slots[name] = Slot(cache, keys if plan.mode == "update" else rows)
-    values.update(zip(op.writes, results, strict=True))
+            slots[plan.slot] = Slot(cache, keys if plan.mode == "update" else rows)
+    return results  # type: ignore[no-any-return]
 
 
 def _causal(evaluator: Evaluator, op: Call) -> tuple[bool, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,19 @@ class TokenSet:
             kept = moved.gather(1, at)
             new = torch.where(self.valid.reshape(*self.valid.shape, *(1,) * (moved.dim() - 2)), new, kept)
         return moved.scatter(1, at, new.to(moved.dtype)).movedim((0, 1), (batch, token))
+
+    def merge(
+        self,
+        stream: Tensor,
+        rows: Tensor,
+        combine: Callable[..., Tensor] | None = None,
+        extra: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """The stream with the set's rows replaced: by new ones, or by what `combine` makes of the old, the new and the
+        rows of `extra`."""
+        packed = self.ragged and rows.shape[0] == 1  # a batch of one, as a region makes of a ragged set
+        take, put = (self.pack, self.unpack) if packed else (self.take, self.put)
+        return put(stream, rows if combine is None else combine(take(stream), rows, *map(take, extra)))
 
     def among(self, start: int) -> TokenSet:
         """The same set of the tokens from `start` on alone."""

@@ -88,6 +88,10 @@ class SizeNames:
                 self._roles[role] = "b" if batch and free else next(self._free)
             self._names[symbol] = self._roles[role]
 
+    def fix(self, symbol: sympy.Symbol, name: str) -> None:
+        """Give a symbol a name of one's own."""
+        self._names[symbol] = name
+
     def __contains__(self, symbol: sympy.Symbol) -> bool:
         return symbol in self._names
 

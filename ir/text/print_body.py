@@ -17,7 +17,7 @@ from torch import fx
 
 from depthc.ir.body import Body
 from depthc.ir.certificate import linearize, operands
-from depthc.ir.graph.size_nodes import assigned_name
+from depthc.ir.graph.size_nodes import assigned_name, source_of
 from depthc.ir.names import Names
 from depthc.ir.text.operations import BINARY, INFIX, UNARY, infix_target, is_number, is_random, operation_syntax
 from depthc.ir.text.syntax import (
@@ -44,17 +44,23 @@ class BodyText:
     Args:
         slots: how its parameter slots are called.
         results: what its results may be called.
+        taken: further names that no value may have.
 
     Attributes:
         parameters: one a value input, as `h: f32[b, s, 64]`.
         statements: the ops, then `return`.
+        sources: of every statement, the line of the user's model where it begins; "" within one, or if none is known.
     """
 
-    def __init__(self, body: Body, slots: Sequence[str], results: Sequence[str] = ()) -> None:
+    def __init__(
+        self, body: Body, slots: Sequence[str], results: Sequence[str] = (), taken: Sequence[str] = ()
+    ) -> None:
         self.body = body
         self.sizes = size_sources(body.placeholders_of("value"))
-        self.names = Names({*RESERVED, *DTYPES, *self.sizes})
+        self.names = Names({*RESERVED, *DTYPES, *self.sizes, *taken})
         self.statements: list[str] = []
+        self.sources: list[str] = []
+        self._source = ""
         self.parameters: list[str] = []
         self._syntax: dict[fx.Node, ast.expr] = {}
         self._pending: dict[fx.Node, ast.expr] = {}
@@ -115,7 +121,7 @@ class BodyText:
 
     def _assign(self, node: fx.Node, syntax: ast.expr) -> None:
         local = self._results.get(node) or self.names.new(self._wish(node))
-        self.statements.append(f"{local} = {ast.unparse(syntax)}")
+        self._add(f"{local} = {ast.unparse(syntax)}", node)
         self._pending.pop(node, None)
         self._syntax[node] = name(local)
 
@@ -136,7 +142,17 @@ class BodyText:
             if node not in self.body.results:
                 self._assign(node, self._pending[node])
         results = [self._pending.get(n) or self._syntax[n] for n in self.body.results]
-        self.statements.append(f"return {', '.join(map(ast.unparse, results)) or '()'}")
+        self._add(f"return {', '.join(map(ast.unparse, results)) or '()'}", *self.body.results[:1])
+
+    def _add(self, statement: str, *nodes: fx.Node) -> None:
+        source = next((source_of(n) for n in nodes if n.op == "call_function"), "")
+        self.statements.append(statement)
+        self.sources.append(source if source != self._source else "")
+        self._source = source or self._source
+
+    def name_of(self, value: fx.Node) -> str:
+        """What a value input is called."""
+        return ast.unparse(self._syntax[value])
 
 
 def _ordered(body: Body) -> list[fx.Node]:
