@@ -30,6 +30,7 @@ class Step:
         seconds: how long it took, verification included.
         made: parameters that the pass made or bound anew, by name, with the expression of their values.
         dropped: parameters that the program no longer has.
+        source, result: the program before and after, without weights; None where they were not kept.
 
     Example:
         >>> print(Step(3, "loop()", 24, 9, 0.01))
@@ -43,6 +44,8 @@ class Step:
     seconds: float = field(compare=False)
     made: tuple[tuple[str, str], ...] = ()
     dropped: tuple[str, ...] = ()
+    source: Program | None = field(default=None, compare=False, repr=False)
+    result: Program | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.number}. {self.text}: {self.before} ops -> {self.after}"
@@ -83,7 +86,8 @@ def _applied(program: Program, one: Pass, number: int) -> tuple[Program, Step]:
     made = tuple((name, expr_text(p.expr)) for name, p in new.items() if p.expr is not None and old.get(name) != p)
     dropped = tuple(name for name in old if name not in new)
     seconds = time.perf_counter() - start
-    return after, Step(number, str(one), _count(program), _count(after), seconds, made, dropped)
+    source, result = (p.with_weights({}) for p in (program, after))
+    return after, Step(number, str(one), _count(program), _count(after), seconds, made, dropped, source, result)
 
 
 def _count(program: Program) -> int:
