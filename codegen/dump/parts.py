@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from depthc.codegen.dump.sets import Sets, all_passes
+from depthc.codegen.dump.sets import Sets, all_passes, applications
 from depthc.codegen.dump.words import Scope, brief, chosen, counted, inferred, planned
 from depthc.ir.liveness import reads_of, without_taps
 from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap, calls
@@ -21,11 +21,12 @@ class Cell:
     """One layer: a small box with the label of its parameter set.
 
     `rule` says in a few letters on which tokens it runs, `only` in words; `times` how often in a row. A cell without a
-    label is a segment between layers. `kept` is False where the rewritten program has nothing of it.
+    label is a segment between layers. `made` says what a parameter set of the rewritten program consists of. `kept` is False where the rewritten program has nothing of it.
     """
 
     label: str
     words: str
+    made: str = ""
     place: float | None = None
     rule: str = ""
     only: str = ""
@@ -45,10 +46,10 @@ class Strip:
 
 @dataclass(frozen=True)
 class Box:
-    """A segment, or several in a row."""
+    """A segment, or several in a row; `tensors` are its trained parameters: (tag, name, numbers), the largest first."""
 
     name: str
-    params: tuple[str, ...] = ()
+    tensors: tuple[tuple[str, str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Tower:
     """A stack."""
 
     name: str
-    heading: str
+    summary: str
     parts: tuple[Part, ...]
     notes: tuple[str, ...]
 
@@ -100,7 +101,7 @@ def parts_of(program: Program, sets: Sets) -> tuple[Box | Tower, ...]:
     reader = _Reader(live, sets)
     towers = {stack.name: stack for stack in program.stacks}
     return tuple(
-        reader.tower(item, towers[item.name]) if isinstance(item, Stack) else Box(item.name, item.params)
+        reader.tower(item, towers[item.name]) if isinstance(item, Stack) else reader.box(item, Scope())
         for item in live.body
     )
 
@@ -115,9 +116,11 @@ class _Reader:
         sides: dict[str, None] = {}
         for call, _ in calls(stack.ops):
             sides.update(dict.fromkeys(call.reads[self.program.blocks[call.block].carries :]))
-        heading = f"{counted(len(set(blocks)), 'block')}: {', '.join(dict.fromkeys(blocks))}"
-        notes = [f"layers also read {', '.join(sides)}"] if sides else []
-        return Tower(stack.name, heading, self.parts(live.ops, Scope()), (*notes, *_taps(stack.ops)))
+        found = [self.sets.of_call(self.program, call, [indices]) for call, indices in applications(stack.ops)]
+        summary = f"{counted(stack.depth, 'layer')} applied, {len(set(found))} stored"
+        notes = [f"layers: {', '.join(dict.fromkeys(blocks))}"]
+        notes += [f"they also read {', '.join(sides)}"] if sides else []
+        return Tower(stack.name, summary, self.parts(live.ops, Scope()), (*notes, *_taps(stack.ops)))
 
     def parts(self, ops: Sequence[Op], scope: Scope) -> tuple[Part, ...]:
         """Parts of some ops, with layers in a row as strips."""
@@ -132,7 +135,7 @@ class _Reader:
                 case Segment():
                     scope = replace(scope, makers={**scope.makers, **dict.fromkeys(op.writes, op.name)})
                     if id(op) not in self.decisions:
-                        found.append(Cell("", f"segment {op.name}") if glue else Box(op.name, op.params))
+                        found.append(Cell("", f"segment {op.name}") if glue else self.box(op, scope))
                 case Call():
                     found.append(self.cell(op, scope))
                 case Loop():
@@ -163,6 +166,9 @@ class _Reader:
         notes = (f"in inference: {inference}",) if inference else ()
         return Region(f"only {training}", notes, self.parts(op.body, scope), _footing(merge))
 
+    def box(self, op: Segment, scope: Scope) -> Box:
+        return Box(op.name, self.sets.tensors(self.program, op, all_passes(scope.loops)))
+
     def cell(self, op: Call, scope: Scope) -> Cell:
         passes = all_passes(scope.loops)
         found = self.sets.of_call(self.program, op, passes)
@@ -170,7 +176,7 @@ class _Reader:
         words = f"{op.layer or op.block}: parameter set {found.label}, {size:,} numbers"
         kept = found not in self.sets.captured or self.sets.kept(found.label)
         plan = planned(op.kv)
-        return Cell(found.label, words, found.place, plan=plan, grad=op.grad or "", kept=kept)
+        return Cell(found.label, words, found.words, found.place, plan=plan, grad=op.grad or "", kept=kept)
 
 
 def _decisions(program: Program) -> set[int]:
@@ -233,7 +239,7 @@ def _joined(found: Sequence[Part]) -> list[Part]:
             parts.append(_strip(members))  # type: ignore[arg-type]
         elif kind is Box:
             names = " → ".join(box.name for box in members)  # type: ignore[union-attr]
-            parts.append(Box(names, tuple(p for box in members for p in box.params)))  # type: ignore[union-attr]
+            parts.append(Box(names, tuple(t for box in members for t in box.tensors)))  # type: ignore[union-attr]
         else:
             parts += members
     return parts

@@ -15,7 +15,8 @@ from string import ascii_lowercase, ascii_uppercase
 from depthc.ir.cost.cost import owner_of
 from depthc.ir.evaluate import indexed
 from depthc.ir.params import Expr, Init, Mean, Ref, Shuffle, Svd
-from depthc.ir.program import Call, Loop, On, Op, Program, Stack
+from depthc.ir.program import Call, Loop, On, Op, Program, Segment, Stack
+from depthc.ir.text.functions import walk
 
 Tensor = tuple[str, Expr | None]  # the weight of a name, or what a name was made by
 MOST_PASSES = 64  # of a loop that are looked at
@@ -59,6 +60,8 @@ class Sets:
         self.captured = tuple(self._known.values())
         self._homes = {tensor: found for tensors, found in reversed(self._known.items()) for tensor in tensors}
         self._used = {tensor for name in after.params for tensor in _origins(self._tensor(after, name))}
+        tied = dict.fromkeys(t for program in (before, after) for t in self._tied(program))
+        self._tags = {tensor: f"T{n}" for n, tensor in enumerate(tied, 1)}
 
     def of_call(self, program: Program, call: Call, passes: Sequence[Mapping[str, int]]) -> ParamSet:
         """The set that a call reads in these passes through the loops around it; "2*" where a part differs by pass."""
@@ -81,6 +84,33 @@ class Sets:
     def size(self, program: Program, call: Call, passes: Sequence[Mapping[str, int]]) -> int:
         """The numbers in the trained tensors that a call reads."""
         return self._size(self._read(program, call, passes[0]))
+
+    def tensors(
+        self, program: Program, segment: Segment, passes: Sequence[Mapping[str, int]]
+    ) -> tuple[tuple[str, str, int], ...]:
+        """(tag, name, numbers) of every trained parameter of a segment, the largest first.
+
+        The tag is equal for equal tensors that several parts of the model read, and "" for all others.
+        """
+        found = []
+        for name in segment.params:
+            names = {indexed(name, indices): None for indices in passes}
+            own = [self._tensor(program, one) for one in names if program.params[one].kind in TRAINED]
+            if own:
+                found.append((self._tags.get(own[0], ""), name, self._size(set(own))))
+        return tuple(sorted(found, key=lambda row: -row[2]))
+
+    def _tied(self, program: Program) -> Iterator[Tensor]:
+        """The tensors that a segment reads, and another segment or the layers as well."""
+        readers: dict[Tensor, set[str]] = {}
+        for op, loops in walk(program.body):
+            if isinstance(op, Segment | Call):
+                reader = op.name if isinstance(op, Segment) else "layers"
+                for name in op.params:
+                    plain = indexed(name, dict.fromkeys(loops, 0))
+                    if program.params[plain].kind in TRAINED:
+                        readers.setdefault(self._tensor(program, plain), set()).add(reader)
+        yield from (tensor for tensor, found in readers.items() if len(found) > 1)
 
     def _add(self, program: Program) -> None:
         """Label the sets of the captured program by their place in their stack."""
