@@ -1,0 +1,189 @@
+"""Words: numbers, selection rules and whole recipes, said so that nobody needs the code to follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+
+from depthc.ir import sizes
+from depthc.ir.program import Kv, Loop, Select
+from depthc.ir.selection import parse_rule
+
+PLANS: Mapping[str, str] = {
+    "store": "stored for later",
+    "read": "read from a store, not computed",
+    "share": "stored by the first application, read by later ones",
+    "update": "a store, renewed where tokens run",
+    "overlay": "stored by the first application; later ones lay their own over it",
+}
+UNITS = (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What words about an op may refer to.
+
+    Attributes:
+        loops: those around it, outer ones first.
+        sets: what made each token set.
+        makers: the segment that made each value.
+    """
+
+    loops: tuple[Loop, ...] = ()
+    sets: Mapping[str, Select] = field(default_factory=dict)
+    makers: Mapping[str, str] = field(default_factory=dict)
+
+    def inside(self, loop: Loop) -> Scope:
+        """The scope of a loop's body."""
+        return replace(self, loops=(*self.loops, loop), sets=dict(self.sets), makers=dict(self.makers))
+
+
+def short(number: float, unit: str = "") -> str:
+    """A number with three digits and a unit of thousands.
+
+    Example:
+        >>> short(134515008), short(999), short(538060032, "B")
+        ('135 M', '999', '538 MB')
+    """
+    for prefix, factor in UNITS:
+        if abs(number) >= factor * 0.9995:
+            value = number / factor
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {prefix}{unit}"
+    return f"{number:,.0f}{' ' if unit else ''}{unit}"
+
+
+def share(number: float) -> str:
+    """A share as a fraction, where it is a simple one.
+
+    Example:
+        >>> share(0.125), share(2 / 3), share(0.3333), share(1.0)
+        ('1/8', '2/3', '33.3 %', 'all')
+    """
+    near = Fraction(number).limit_denominator(32)
+    if near == 1:
+        return "all"
+    return f"{near}" if abs(near - number) < 1e-9 else f"{100 * number:.3g} %"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words in a row.
+
+    Example:
+        >>> listed(["a"]), listed(["a", "b", "c"])
+        ('a', 'a, b and c')
+    """
+    return ", ".join(words[:-1]) + f" and {words[-1]}" if len(words) > 1 else "".join(words)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "layer"), counted(1200, "layer")
+        ('1 layer', '1,200 layers')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+# selection
+
+
+def chosen(select: Select, scope: Scope) -> str:
+    """Which tokens a selection takes in training.
+
+    Example:
+        >>> chosen(Select("A", "topk(0.125)", "s"), Scope(makers={"s": "router"}))
+        'the best 1/8 of the tokens, by router'
+        >>> chosen(Select("A", "topk([1.0, 0.5][r])", "s"), Scope((Loop("r", 2, ()),)))
+        'all tokens in pass 1, then the best 1/2, by s'
+    """
+    name, _, _, warmup = parse_rule(select.rule)
+    by = f", by {scope.makers.get(select.score, select.score)}" if select.score and name == "topk" else ""
+    said = _rule(select.rule, select.score, scope)
+    within = " of every document" if select.within else ""
+    nested = ", among those of the pass before" if _carried(select.among, scope) and scope.loops else ""
+    slow = f", falling from all over {counted(warmup, 'step')}" if warmup else ""
+    return f"{said}{within}{by}{nested}{slow}"
+
+
+def inferred(select: Select, scope: Scope) -> str:
+    """Which tokens it takes outside of training; "" where the rule is the same."""
+    if select.inference is None:
+        return ""
+    judge = select.judge or select.score
+    return _rule(select.inference, scope.makers.get(judge, judge) if judge else None, scope)
+
+
+def brief(select: Select, scope: Scope) -> str:
+    """The rule in a few letters, for a small box."""
+    name, _, _, _ = parse_rule(select.rule)
+    number = _by_pass(select.rule, scope)[0]
+    signs = {"topk": "", "stride": "1/", "threshold": "> ", "atleast": "≥ ", "all": "all"}
+    text = share(number) if name == "topk" and isinstance(number, float) else f"{number:g}" if name != "all" else ""
+    return f"{signs[name]}{text}"
+
+
+def _rule(rule: str, score: str | None, scope: Scope) -> str:
+    name, _, _, _ = parse_rule(rule)
+    values = _by_pass(rule, scope)
+    if name == "all":
+        return "all tokens"
+    everyone = 1.0 if name == "topk" else float("-inf") if name == "threshold" else 1 if name == "stride" else None
+    if all(value == everyone for value in values):
+        return "all tokens"
+    if len(set(values)) == 1:
+        return _one(name, values[0], score)
+    if values[0] == everyone and len(values) > 1:
+        rest = list(dict.fromkeys(values[1:])) if len(set(values[1:])) == 1 else values[1:]
+        return f"all tokens in pass 1, then {_many(name, rest, score)}"
+    return f"{_many(name, values, score)} in passes 1 to {len(values)}"
+
+
+def _one(name: str, value: float | str, score: str | None) -> str:
+    number = value if isinstance(value, str) else f"{value:g}"
+    match name:
+        case "topk":
+            return f"the best {share(value) if isinstance(value, float) else number} of the tokens"
+        case "stride":
+            return f"one token in {number}"
+        case "threshold":
+            return f"the tokens with {score} above {number}"
+    return f"the tokens with {score} at least {number}"
+
+
+def _many(name: str, values: Sequence[float | str], score: str | None) -> str:
+    if len(values) == 1:
+        return _one(name, values[0], score).replace(" of the tokens", "")
+    shown = [share(v) if name == "topk" and isinstance(v, float) else f"{v}" for v in values]
+    shown = shown if len(shown) <= 6 else [*shown[:3], "…", shown[-1]]
+    return _one(name, "\0", score).replace("\0", listed(shown)).replace(" of the tokens", "")
+
+
+def _by_pass(rule: str, scope: Scope) -> list[float | str]:
+    """The number of a rule in every pass of the innermost loop; as its text where it is not static."""
+    _, numbers, index, _ = parse_rule(rule)
+    loop = scope.loops[-1] if scope.loops else None
+    if not index or loop is None or not isinstance(loop.count, int):
+        return [_float(number) for number in numbers]
+    try:
+        return [_float(numbers[sizes.evaluate(index, {loop.index: n})]) for n in range(loop.count)]
+    except KeyError:  # it reads the index of a loop further outside
+        return [_float(number) for number in numbers]
+
+
+def _float(number: float | str) -> float | str:
+    return number if isinstance(number, str) else float(number)
+
+
+def _carried(name: str | None, scope: Scope) -> bool:
+    """Whether a set is handed from pass to pass of the innermost loop."""
+    if name is None or not scope.loops:
+        return False
+    return any(isinstance(op, Select) and op.write == name for op in scope.loops[-1].body)
+
+
+def planned(plans: Sequence[Kv]) -> str:
+    """What a call's key/value plans say; "" where all are fresh."""
+    modes = list(dict.fromkeys(plan.mode for plan in plans if plan.mode != "fresh"))
+    return "; ".join(PLANS[mode] for mode in modes)
