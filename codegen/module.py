@@ -147,7 +147,7 @@ class DepthModule(Checkpointing, nn.Module):
         from depthc.codegen.dump.files import dump_of, write
 
         stages = stages_of(self.program, self.history)
-        return write(dump_of(stages, f"{self.program.name} | {self.recipe}"), folder)
+        return write(dump_of(stages, str(self.recipe)), folder)
 
     def _read_step(self) -> None:
         """The stage of the schedules as a number that changes seldom: what is compiled depends on it."""

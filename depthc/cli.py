@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -169,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(given, standalone_mode=False)
+        app(given)
     except DepthError as error:
         if "--json" in given:
             parts = {"what": error.what, "where": error.where, "expected": error.expected, "found": error.found}
@@ -177,11 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(f"depthc: {error}", file=sys.stderr)
         return 1
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except typer.Exit as finished:
-        return finished.exit_code
+    except SystemExit as finished:  # how typer ends: 0, or 2 after a word on how to use it
+        return int(finished.code or 0)
     return 0
 
 
@@ -235,5 +231,5 @@ def _verdicts(target: str, recipes: dict[str, Recipe], inputs: Sequence[str]) ->
 
 
 def _dump(stages: Sequence[Stage], recipe: str, folder: Path) -> None:
-    write(dump_of(stages, f"{stages[0].program.name} | {recipe}"), folder)
+    write(dump_of(stages, recipe), folder)
     print(f"dumped to {folder}: open {folder / 'report.html'}", file=sys.stderr)

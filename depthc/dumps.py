@@ -63,4 +63,4 @@ def record(captured: Program, recipe: Recipe, history: Sequence[Step], error: De
     """Write what a compilation did into the folders of the blocks around it."""
     for folder in _FOLDERS.get():
         stages = stages_of(captured, history)
-        write(dump_of(stages, f"{captured.name} | {recipe}", error), folder.place(captured.name))
+        write(dump_of(stages, str(recipe), error), folder.place(captured.name))

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def resolve(text: str, inputs: Sequence[str] = (), *, weights: bool = False) -> 
     if re.fullmatch(r"[\w./\\-]+:\w+", text):
         found = _made(text)
     elif (path / MANIFEST).is_file():
-        found = Target(load(path))
+        found = Target(_loaded(path))
     elif path.is_dir() or path.suffix == ".json":
         found = _of_config(path, weights)
     elif text.replace("-", "_").isidentifier() and not path.exists():
@@ -83,6 +84,12 @@ def filled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.randn(list(shape), generator=torch.Generator().manual_seed(0)).to(dtype)
     count = torch.Size(shape).numel()
     return (torch.arange(count) % 7 + 1).reshape(list(shape)).to(dtype)
+
+
+def _loaded(folder: Path) -> nn.Module:
+    with suppress(ImportError):  # a model of transformers returns a class that must be known
+        importlib.import_module("transformers.modeling_outputs")
+    return load(folder)
 
 
 # a Python function
@@ -163,6 +170,7 @@ def _library() -> Any:
     except ImportError as error:
         remedy = "pip install 'depthc[hf]', or give module:factory"
         raise TargetError("this target needs the transformers library", found=str(error), remedy=remedy) from error
+    transformers.logging.set_verbosity_error()
     return transformers
 
 

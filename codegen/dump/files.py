@@ -38,7 +38,7 @@ def dump_of(stages: Sequence[Stage], title: str, error: DepthError | None = None
     A file that cannot be made (torch-mlir is not installed, say) is left out, and the report says why.
 
     Args:
-        title: of the report: the model and the recipe.
+        title: of the report, behind the name of the model: the recipe.
         error: of the pass that failed after the last stage.
     """
     dump = Dump()
