@@ -11,7 +11,7 @@ from torch import Tensor
 from depthc.ir.evaluate import Evaluator, indexed
 from depthc.ir.masks.factors import Factor
 from depthc.ir.masks.masks import Mask, masks_of
-from depthc.ir.program import Call, Kv, On, Segment
+from depthc.ir.program import Block, Call, Kv, On, Segment
 from depthc.ir.rows import varlen
 from depthc.ir.rows.execution import Cache
 from depthc.ir.rows.gather import Rows
@@ -34,11 +34,8 @@ class Region(Evaluator):
         self.run_rows = outer.run_rows
         self.outer, self.op, self.tokens = outer, op, tokens
         self.slots, self.taps = outer.slots, outer.taps
-        inside = [inner for inner, _ in walk(op.body)]
-        found = [inner for inner in inside if isinstance(inner, Call)]
-        carried = {name for call in found for name in call.reads[: self.program.blocks[call.block].carries]}
-        made = {name for inner in inside for name in getattr(inner, "writes", ())}
-        self.rows = (carried | made) if found else (set(op.reads) | made)
+        self.rows = row_names(op, self.program.blocks)
+        found = [inner for inner, _ in walk(op.body) if isinstance(inner, Call)]
         self.packed = tokens.ragged and all(packable(self.program.blocks[call.block]) for call in found)
 
     def enter(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,6 +52,15 @@ class Region(Evaluator):
         carries = [values[name] for name in op.reads[: block.carries]]
         sides = [values[name] for name in op.reads[block.carries :]]
         run_planned(self, op, carries, sides, values, indices, self.tokens, self.packed)
+
+
+def row_names(op: On, blocks: Mapping[str, Block]) -> set[str]:
+    """The names that a region reads as rows, or makes."""
+    inside = [inner for inner, _ in walk(op.body)]
+    found = [inner for inner in inside if isinstance(inner, Call)]
+    carried = {name for call in found for name in call.reads[: blocks[call.block].carries]}
+    made = {name for inner in inside for name in getattr(inner, "writes", ())}
+    return (carried | made) if found else (set(op.reads) | made)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -32,17 +33,23 @@ def shapes_of(body: Body) -> dict[fx.Node, Any]:
     A size that only the data decide (the tokens of one expert) is a symbol of its own, "u0", "u1", ...
     """
     names = sorted({n for i in body.inputs if isinstance(i.type, Type) for n in i.type.size_names()})
-    ruler = torch.empty(_HINTS[: len(names)], device="meta")
-    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))  # type: ignore[var-annotated]
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    known = size_symbols(names, mode)
     with (
-        FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode,
+        mode,
         enable_python_dispatcher(),  # composite ops decompose by their Python forms, which take symbols
         torch.no_grad(),
     ):
-        known: dict[str, Any] = dict(zip(names, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
         values = _propagate(body, known)
     renamed = {size.node.expr: symbol(name) for name, size in known.items()}
     return {node: _shape(value, renamed) for node, value in values.items()}
+
+
+def size_symbols(names: Sequence[str], mode: FakeTensorMode) -> dict[str, Any]:
+    """A symbolic integer for every name. Not under the mode itself, where the ruler would be a fake already."""
+    ruler = torch.empty(_HINTS[: len(names)], device="meta")
+    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))  # type: ignore[var-annotated]
+    return dict(zip(names, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
 
 
 def _propagate(body: Body, known: dict[str, Any]) -> dict[fx.Node, Any]:
