@@ -81,3 +81,7 @@ class DumpError(DepthError):
 
 class TargetError(DepthError):
     """A model that the command line cannot find or build."""
+
+
+class MlirError(DepthError):
+    """A program, or an op of one, that has no MLIR form, or no native code; or torch-mlir is not installed."""

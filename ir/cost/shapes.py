@@ -32,7 +32,7 @@ def shapes_of(body: Body) -> dict[fx.Node, Any]:
     """
     names = sorted({n for i in body.inputs if isinstance(i.type, Type) for n in i.type.size_names()})
     failure: Exception | None = None
-    for hints in PRIMES:  # sizes that stand for the names while ops decide by them
+    for hints in PRIMES:
         try:
             return _shapes_at(body, names, hints)
         except RuntimeError as error:  # the end of a position table
@@ -42,17 +42,26 @@ def shapes_of(body: Body) -> dict[fx.Node, Any]:
 
 
 def _shapes_at(body: Body, names: Sequence[str], hints: Sequence[int]) -> dict[fx.Node, Any]:
-    ruler = torch.empty(hints[: len(names)], device="meta")
-    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))  # type: ignore[var-annotated]
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    known = size_symbols(names, mode, hints)
     with (
-        FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode,
+        mode,
         enable_python_dispatcher(),  # composite ops decompose by their Python forms, which take symbols
         torch.no_grad(),
     ):
-        known: dict[str, Any] = dict(zip(names, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
         values = _propagate(body, known)
     renamed = {size.node.expr: symbol(name) for name, size in known.items()}
     return {node: _shape(value, renamed) for node, value in values.items()}
+
+
+def size_symbols(names: Sequence[str], mode: FakeTensorMode, hints: Sequence[int] = PRIMES[0]) -> dict[str, Any]:
+    """A symbolic integer for every name; ops that must decide take it to be the hint.
+
+    Not under the mode itself, where the ruler would be a fake already.
+    """
+    ruler = torch.empty(hints[: len(names)], device="meta")
+    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))  # type: ignore[var-annotated]
+    return dict(zip(names, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
 
 
 def _propagate(body: Body, known: dict[str, Any]) -> dict[fx.Node, Any]:
