@@ -1,4 +1,4 @@
-"""The tour that `depthc demo` takes: a small transformer becomes a Mixture-of-Recursions, learns a little, and is drawn."""
+"""The tour of `depthc demo`: a small transformer becomes a Mixture-of-Recursions, learns a little, and is drawn."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from depthc.codegen.dump.files import dump_of, write
 from depthc.ir.errors import DepthError
 from depthc.ir.program import Program
 from depthc.passes.pipeline import Step
@@ -61,6 +60,10 @@ def dump(folder: str | Path) -> Iterator[Path]:
 
 def record(captured: Program, recipe: Recipe, history: Sequence[Step], error: DepthError | None = None) -> None:
     """Write what a compilation did into the folders of the blocks around it."""
+    if not _FOLDERS.get():
+        return
+    from depthc.codegen.dump.files import dump_of, write
+
     for folder in _FOLDERS.get():
         stages = stages_of(captured, history)
         write(dump_of(stages, str(recipe), error), folder.place(captured.name))

@@ -1,7 +1,7 @@
 """Logs: what passes did, where torch's own tools look for it.
 
-`TORCH_LOGS="+depthc"` prints every program, `TORCH_LOGS="depthc"` a line a pass; under `TORCH_TRACE` every program is an
-artifact of the trace, which tlparse shows.
+`TORCH_LOGS="+depthc"` prints every program, `TORCH_LOGS="depthc"` a line a pass; under `TORCH_TRACE` every program is
+an artifact of the trace, which tlparse shows.
 """
 
 from __future__ import annotations

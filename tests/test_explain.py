@@ -47,8 +47,7 @@ def test_capacities_and_sets_may_be_given(model: nn.Module) -> None:
     assert not half.at_most
     token = depthc.explain(model, "mor_token", (ids(),), loops=2).stages[-1].cost
     most, fewer = token.at(**SIZES), token.at(**SIZES, chosen_0=32, chosen_1=16)
-    assert most == token.at(**SIZES, chosen_0=64, chosen_1=64).__class__(**{**vars(most)})
-    assert most.at_most
+    assert most == replace(token.at(**SIZES, chosen_0=64, chosen_1=64), at_most=True)
     assert not fewer.at_most
     assert fewer.flops < most.flops
 
@@ -99,7 +98,7 @@ class Liar(Pass):
     preserves_numerics: ClassVar[bool] = True
 
     def apply(self, program: Program) -> Program:
-        name = next(name for name in program.params if name.endswith("norm1.weight") or "norm" in name)
+        name = next(name for name in program.params if "norm" in name)
         param = program.params[name]
         return replace(program, params={**program.params, name: replace(param, expr=Init(param.type, self.value))})
 
@@ -111,7 +110,7 @@ def test_the_pass_that_changes_the_result_is_named(model: nn.Module) -> None:
     found = depthc.bisect(model, Harmless() | Liar() | Harmless(), (ids(),))
     assert [d.largest > 0 for d in found.differences] == [False, True, False]
     assert found.first is found.differences[1]
-    assert str(found).endswith("first to differ: 2. liar() (tolerance 1e-05) (it claims to change nothing: please report it)")
+    assert "first to differ: 2. liar() (tolerance 1e-05) (it claims to change nothing: please report it)" in str(found)
     assert depthc.bisect(model, Liar(), (ids(),), tolerance=1e9).first is None
 
 

@@ -33,7 +33,7 @@ class Dump:
 
 
 def dump_of(stages: Sequence[Stage], title: str, error: DepthError | None = None) -> Dump:
-    """The files of some stages: for each the IR (.depth), runnable Python, the MLIR twin and the state-dict map (.json).
+    """The files of some stages: for each the IR (.depth), runnable Python, the MLIR twin, the state-dict map (.json).
 
     A file that cannot be made (torch-mlir is not installed, say) is left out, and the report says why.
 

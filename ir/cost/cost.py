@@ -135,9 +135,7 @@ def usual_sizes(program: Program, length: int = 2048) -> dict[str, int]:
     for name in sorted(names):
         low, high = signature.ranges.get(name, (1, None))
         found[name] = max(low, min(1 if name == "b" else length, length if high is None else high))
-    guards = [
-        guard for guard in signature.guards if size_expressions.names(size_expressions.read(guard)) <= found.keys()
-    ]
+    guards = [text for text in signature.guards if expressions.names(expressions.read(text)) <= found.keys()]
     for smaller in range(length):  # a length that a window must divide
         at = {name: max(1, size - smaller) if name != "b" else size for name, size in found.items()}
         if all(expressions.evaluate(guard, at) for guard in guards):
