@@ -173,8 +173,7 @@ class Evaluator:
         params = [self.param(indexed(name, indices)) for name in op.params]
         reads = [as_data(values[r]) for r in op.reads]
         inputs = body.arrange(reads, params, consts, training=self.training, device=self.device)
-        grad = not isinstance(op, Call) or op.grad is None or bool(sizes.evaluate(op.grad, indices))
-        with torch.set_grad_enabled(grad and torch.is_grad_enabled()), precision(op, self.device):
+        with gradients(op, indices), precision(op, self.device):
             values.update(zip(op.writes, self.run_body(body, inputs), strict=True))
 
     def apply_planned(self, op: Call, values: dict[str, Any], indices: Mapping[str, int]) -> None:
@@ -185,6 +184,12 @@ class Evaluator:
         carries = [values[name] for name in op.reads[: block.carries]]
         sides = [values[name] for name in op.reads[block.carries :]]
         run_planned(self, op, carries, sides, values, indices)
+
+
+def gradients(op: Op, indices: Mapping[str, int]) -> AbstractContextManager[Any]:
+    """What an application runs in: without gradients where its condition does not hold."""
+    held = not isinstance(op, Call) or op.grad is None or bool(sizes.evaluate(op.grad, indices))
+    return torch.set_grad_enabled(held and torch.is_grad_enabled())
 
 
 def precision(op: Op, device: torch.device) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthc.ir.evaluate import Evaluator, indexed
+from depthc.ir.evaluate import Evaluator, gradients, indexed
 from depthc.ir.masks.factors import Factor
 from depthc.ir.masks.masks import Mask, masks_of
 from depthc.ir.program import Block, Call, Kv, On, Segment
@@ -84,21 +84,22 @@ def run_planned(
     packed: bool = False,
 ) -> None:
     """Apply a block to rows, with the slots of its plan as caches; writes its results into `values`."""
-    results = run_on(
-        evaluator.program.blocks[op.block],
-        carries,
-        sides,
-        [evaluator.param(indexed(name, indices)) for name in op.params],
-        op.consts,
-        tokens=tokens,
-        packed=packed,
-        kv=[Kv(plan.mode, indexed(plan.slot, indices)) for plan in op.kv],
-        slots=evaluator.slots,
-        causal=_causal(evaluator, op) if packed and varlen.available(evaluator.device) else (),
-        training=evaluator.training,
-        device=evaluator.device,
-        run=evaluator.run_rows,
-    )
+    with gradients(op, indices):
+        results = run_on(
+            evaluator.program.blocks[op.block],
+            carries,
+            sides,
+            [evaluator.param(indexed(name, indices)) for name in op.params],
+            op.consts,
+            tokens=tokens,
+            packed=packed,
+            kv=[Kv(plan.mode, indexed(plan.slot, indices)) for plan in op.kv],
+            slots=evaluator.slots,
+            causal=_causal(evaluator, op) if packed and varlen.available(evaluator.device) else (),
+            training=evaluator.training,
+            device=evaluator.device,
+            run=evaluator.run_rows,
+        )
     values.update(zip(op.writes, results, strict=True))
 
 

@@ -7,6 +7,7 @@ from itertools import islice, product
 
 import torch
 
+from depthc.codegen.python.pieces import entry, folded, line
 from depthc.ir import sizes
 from depthc.ir.errors import StateDictError
 from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd
@@ -45,19 +46,19 @@ def example_lines(program: Program, names: Mapping[str, str]) -> list[str]:
     lines += [f"    {line}" for line in GUARD.format(bytes=size, limit=LIMIT).splitlines()]
     if found:
         lines += [f"    {', '.join(found)} = {', '.join(map(str, found.values()))}"]
-    lines += ["    weights = {"]
-    for name, (type, owner) in types.items():
+    lines += ["    weights = {}"]
+    statements = []
+    for name, (type, owner) in sorted(types.items(), key=lambda item: bool(item[1][1])):
         trained = kinds.get(name, "parameter") in ("parameter", "frozen")
-        if not owner:
-            lines += [f'        "{name}": {_draw(type, "torch.randn({}) * 0.02" if trained else "torch.rand({})")},']
-    lines += ["    }"]
-    lines += [f'    weights["{name}"] = weights["{owner}"]' for name, (_, owner) in types.items() if owner]
+        value = entry("weights", owner) if owner else [_drawn(type, "0.02 * torch.randn" if trained else "torch.rand")]
+        statements.append(line(*entry("weights", name), " = ", *value))
+    lines += [f"    {text}" for text in folded(statements, {"weights", *found}, set())[0]]
     limits = vocabularies(program)
     lines += ["    inputs = {"]
     for leaf in program.signature.inputs:
         if leaf.type is not None:
-            draw = f"torch.randint({limits[leaf.name]}, {{}})" if leaf.name in limits else "torch.randn({})"
-            lines += [f'        "{names[leaf.name]}": {_draw(leaf.type, draw, leaf.name in limits)},']
+            draw = f"torch.randint({limits[leaf.name]}, ({{}}))" if leaf.name in limits else "torch.randn"
+            lines += [f'        "{names[leaf.name]}": {_drawn(leaf.type, draw)},']
     mode = "" if False in program.modes else ", training=True"
     lines += ["    }", "    with torch.no_grad():", f"        out = forward(parameters(weights), **inputs{mode})"]
     lines += ["    print(torch.utils._pytree.tree_map(lambda x: tuple(x.shape) if torch.is_tensor(x) else x, out))"]
@@ -71,13 +72,14 @@ def _count(type: Type) -> int:
     return count
 
 
-def _draw(type: Type, floats: str, ids: bool = False) -> str:
+def _drawn(type: Type, draw: str) -> str:
     """A random tensor; numbers and masks that nothing is known of are ones."""
-    shape = f"({''.join(f'{size}, ' for size in type.shape).rstrip()})" if type.shape else "()"
-    if ids or type.dtype.is_floating_point:
-        drawn = floats.format(shape)
-        return f"({drawn}).to({type.dtype})" if " " in drawn.split(")")[-1] else f"{drawn}.to({type.dtype})"
-    return f"torch.ones({shape}, dtype={type.dtype})"
+    shape = ", ".join(map(str, type.shape))
+    if "randint" in draw:
+        return draw.format(f"{shape}," if len(type.shape) == 1 else shape) + f".to({type.dtype})"
+    if type.dtype.is_floating_point or type.dtype.is_complex:
+        return f"{draw}({shape or '()'}, dtype={type.dtype})"
+    return f"torch.ones({shape or '()'}, dtype={type.dtype})"
 
 
 def legal_sizes(signature: Signature) -> dict[str, int] | None:

@@ -169,7 +169,7 @@ class Forward:
         if isinstance(op, Segment) and op.precise:
             self.uses.add("device")
             return Statement(("with torch.autocast(device.type, enabled=False):",), (statement,))
-        if isinstance(op, Call) and op.grad is not None and not op.kv:
+        if isinstance(op, Call) and op.grad is not None:
             condition = self._size(op.grad)
             return Statement((f"with torch.set_grad_enabled(torch.is_grad_enabled() and {condition}):",), (statement,))
         return statement

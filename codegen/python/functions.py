@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch._library import custom_ops
 
 from depthc.ir.names import Names
 from depthc.ir.text.functions import Function
@@ -44,7 +45,7 @@ def python_function(function: Function, label: str, slots: str, mark: str = "") 
     """A function with its name; `slots` is what the list of its slots may be called, `mark` its decorator."""
     text = BodyText(function.body, function.slots, function.results, taken=MODULES)
     spell = _Spelling(function, text.names)
-    statements = [ast.unparse(spell.visit(ast.parse(line))) for line in text.statements]
+    statements = [_statement(spell.visit(ast.parse(line).body[0])) for line in text.statements]
     env = tuple(i.name for i in function.body.inputs_of("env"))
     listed = len(function.slots) <= _MOST_LISTED
     lines = [] if listed else [*_tuple(slots, function.slots), "", ""]
@@ -56,6 +57,13 @@ def python_function(function: Function, label: str, slots: str, mark: str = "") 
         lines += [f"    {statement}"]
     wrapped = (part for line in lines for part in ([line] if line.lstrip().startswith("#") else wrap(line)))
     return PythonFunction(function, label, "" if listed else slots, env, tuple(wrapped))
+
+
+def _statement(node: ast.stmt) -> str:
+    """A statement; results without brackets around them."""
+    if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and node.value.elts:
+        return f"return {', '.join(map(ast.unparse, node.value.elts))}"
+    return ast.unparse(node)
 
 
 def _tuple(name: str, slots: Sequence[str]) -> list[str]:
@@ -107,9 +115,9 @@ class _Spelling(ast.NodeTransformer):
     def __init__(self, function: Function, names: Names) -> None:
         self.read: set[str] = set()
         self.slots: dict[str, str] = {}
-        self.params = [ast.unparse(slot_syntax("w", slot)) for slot in function.slots]
+        self.params = [_key(slot_syntax("w", slot)) for slot in function.slots]
         consts = unique(i.name for i in function.body.inputs_of("const"))
-        self.consts = [ast.unparse(slot_syntax("c", slot)) for slot in consts]
+        self.consts = [_key(slot_syntax("c", slot)) for slot in consts]
         for text, slot in (*zip(self.params, function.slots, strict=True), *zip(self.consts, consts, strict=True)):
             self.slots[text] = names.new(slot)
 
@@ -131,7 +139,7 @@ class _Spelling(ast.NodeTransformer):
         return self._slot(node)
 
     def _slot(self, node: ast.expr) -> ast.expr:
-        slot = self.slots.get(ast.unparse(node))
+        slot = self.slots.get(_key(node))
         return ast.Name(slot) if slot is not None else self.generic_visit(node)  # type: ignore[return-value]
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
@@ -139,6 +147,11 @@ class _Spelling(ast.NodeTransformer):
         if node.id in DTYPES:
             return dotted(str(DTYPES[node.id]))
         return dotted({"inf": "math.inf", "nan": "math.nan", "end": "END"}.get(node.id, node.id))
+
+
+def _key(node: ast.expr) -> str:
+    """One spelling for equal syntax, whatever its quotes were."""
+    return ast.dump(ast.parse(ast.unparse(node), mode="eval"))
 
 
 def operation_text(target: object) -> str:
@@ -167,3 +180,17 @@ def operation_text(target: object) -> str:
 def _only(overloads: Iterable[str]) -> bool:
     return [name for name in overloads if not name.endswith("out") and "dimname" not in name.lower()] == ["default"]
 
+
+
+def libraries(functions: Iterable[Function]) -> list[str]:
+    """The modules that define the custom operations of some functions, so that a program which calls them finds them."""
+    targets = {node.target for function in functions for node in function.body.nodes}
+    found = {_library(t._schema.name) for t in targets if isinstance(t, torch._ops.OpOverload)}
+    return sorted(found - {""})
+
+
+def _library(name: str) -> str:
+    """The module of a custom operation made by `torch.library.custom_op`; "" of torch's own and where it is not known."""
+    definition = custom_ops.OPDEFS.get(name)
+    module = getattr(getattr(definition, "_init_fn", None), "__module__", "")
+    return "" if module.split(".")[0] == "torch" else module

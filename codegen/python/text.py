@@ -7,7 +7,7 @@ from typing import Any
 
 from depthc.codegen.python.example import example_lines
 from depthc.codegen.python.forward import BUILTIN, HELPERS, LOCAL, Forward, value_names
-from depthc.codegen.python.functions import PythonFunction, python_function
+from depthc.codegen.python.functions import PythonFunction, libraries, python_function
 from depthc.codegen.python.parameters import DEFINITIONS, parameter_lines
 from depthc.ir.names import Names
 from depthc.ir.program import Call, Loop, On, Program
@@ -79,18 +79,19 @@ def python_text(program: Program, title: str = "") -> str:
     about = _ABOUT.format(title=title or program.name, version=__version__, arguments=arguments)
     about += "\n" + _ROUTED if helpers else ""
     header = [f"# {text}".rstrip() for text in about.splitlines()]
-    return "\n".join([*header, "", *_imports(code, helpers), "", "", *code]) + "\n"
+    return "\n".join([*header, "", *_imports(code, helpers, libraries(f.function for f in functions.values())), "", "", *code]) + "\n"
 
 
 def _calls(name: str, text: str) -> bool:
     return f"{name}(" in text
 
 
-def _imports(code: Sequence[str], helpers: Sequence[str]) -> Iterator[str]:
-    used = ["sys", *(name for name in ("math", "operator") if any(f"{name}." in text for text in code))]
+def _imports(code: Sequence[str], helpers: Sequence[str], libraries: Sequence[str]) -> Iterator[str]:
+    used = [name for name in ("sys", "math", "operator") if any(f"{name}." in text for text in code)]
     yield from (f"import {name}" for name in sorted(used))
     yield ""
     yield "import torch"
+    yield from (f"import {name}  # it defines operations that are called here" for name in libraries)
     if helpers:
         yield ""
         yield f"from depthc.codegen.python.routed import {', '.join(helpers)}"

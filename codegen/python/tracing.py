@@ -118,7 +118,7 @@ def _hints(types: Sequence[Type]) -> dict[str, int]:
 def _example(type: Type, hints: dict[str, int]) -> Example:
     shape = [evaluate(size, hints) for size in type.shape]
     dims = tuple(d for d, size in enumerate(type.shape) if isinstance(size, str))
-    return Example(torch.empty(shape, dtype=type.dtype, device="meta"), dims)
+    return Example(torch.empty(shape, dtype=type.dtype), dims)  # memory that nothing is written to
 
 
 def _described(

@@ -142,7 +142,8 @@ class BodyText:
             if node not in self.body.results:
                 self._assign(node, self._pending[node])
         results = [self._pending.get(n) or self._syntax[n] for n in self.body.results]
-        self._add(f"return {', '.join(map(ast.unparse, results)) or '()'}", *self.body.results[:1])
+        single = self.body.results if len(results) == 1 else ()
+        self._add(f"return {', '.join(map(ast.unparse, results)) or '()'}", *single)
 
     def _add(self, statement: str, *nodes: fx.Node) -> None:
         source = next((source_of(n) for n in nodes if n.op == "call_function"), "")
