@@ -1,0 +1,3 @@
+"""x"""
+class Routed:
+    def __init__(self, lowering): pass
