@@ -158,9 +158,7 @@ class Evaluator:
     def _combined(self, op: Merge, indices: Mapping[str, int], *rows: Tensor) -> Tensor:
         assert op.combine is not None
         params = [self.param(indexed(name, indices)) for name in op.params]
-        (new,) = self.run_body(
-            op.combine, op.combine.arrange(rows, params, training=self.training, device=self.device)
-        )
+        (new,) = self.run_body(op.combine, op.combine.arrange(rows, params, training=self.training, device=self.device))
         return new  # type: ignore[no-any-return]
 
     def apply(self, op: Segment | Call, values: dict[str, Any], indices: Mapping[str, int]) -> None:

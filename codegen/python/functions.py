@@ -84,9 +84,10 @@ def _header(label: str, parameters: Sequence[str], env: Sequence[str]) -> Iterat
 def _parameters(text: BodyText, function: Function, spell: _Spelling) -> list[str]:
     """The parameters with their types as notes: values, then parameter slots, then constants."""
     values = [part.partition(": ")[::2] for part in text.parameters]
-    slots = [(spell.slots[s], type_text(i.type)) for s, i in zip(spell.params, text.body.inputs_of("param"), strict=True)]
-    consts = [(spell.slots[s], type_text(i.type)) for s, i in zip(spell.consts, text.body.inputs_of("const"), strict=True)]
-    return [f"{name}: {ast.unparse(string(type))}" for name, type in (*values, *slots, *consts)]
+    infos = [*text.body.inputs_of("param"), *text.body.inputs_of("const")]
+    slots = zip((*spell.params, *spell.consts), infos, strict=True)
+    typed = [*values, *((spell.slots[slot], type_text(info.type)) for slot, info in slots)]
+    return [f"{name}: {ast.unparse(string(type))}" for name, type in typed]
 
 
 def _sizes(text: BodyText, spell: _Spelling) -> Iterator[str]:
@@ -181,16 +182,15 @@ def _only(overloads: Iterable[str]) -> bool:
     return [name for name in overloads if not name.endswith("out") and "dimname" not in name.lower()] == ["default"]
 
 
-
 def libraries(functions: Iterable[Function]) -> list[str]:
-    """The modules that define the custom operations of some functions, so that a program which calls them finds them."""
+    """The modules that define the custom operations of some functions: a program that calls them imports them."""
     targets = {node.target for function in functions for node in function.body.nodes}
     found = {_library(t._schema.name) for t in targets if isinstance(t, torch._ops.OpOverload)}
     return sorted(found - {""})
 
 
 def _library(name: str) -> str:
-    """The module of a custom operation made by `torch.library.custom_op`; "" of torch's own and where it is not known."""
+    """The module of an operation that `torch.library.custom_op` made; "" of torch's own, and where it is not known."""
     definition = custom_ops.OPDEFS.get(name)
     module = getattr(getattr(definition, "_init_fn", None), "__module__", "")
     return "" if module.split(".")[0] == "torch" else module

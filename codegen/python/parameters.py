@@ -40,16 +40,13 @@ def shuffle(tensor, seed):
 def parameter_lines(program: Program) -> list[str]:
     """The function `parameters` and what it calls."""
     used: dict[str, None] = {}
-    statements = [
-        line(*entry("w", name), " = ", *_value(name, param, used)) for name, param in program.params.items()
-    ]
+    statements = [line(*entry("w", name), " = ", *_value(name, param, used)) for name, param in program.params.items()]
     body, _ = folded(statements, {"w", "weights"}, set())
     lines = [part for name in used for part in (*DEFINITIONS[name].strip().splitlines(), "", "")]
     lines += [
         "@torch.no_grad()",
         "def parameters(weights):",
-        '    """The program\'s parameters by name, from the tensors of the captured model: those of its state dict, and the',
-        '    buffers that are not saved."""',
+        '    """The program\'s parameters by name, from the captured model\'s: its state dict and unsaved buffers."""',
         "    w = {}",
         *(part for text in body for part in wrap(f"    {text}")),
         "    return w",

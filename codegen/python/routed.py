@@ -1,4 +1,4 @@
-"""What a program's Python form needs for token sets: choosing tokens, running blocks on them, keys and values of others.
+"""What a program's Python form needs for token sets: choosing tokens, running blocks on them, keys of other passes.
 
 `everyone`, `stride`, `topk`, `threshold` and `atleast` choose tokens; what they return is a
 `depthc.ir.tokens.TokenSet`, whose `merge` writes rows back into a stream. `on` is a region: `take` gathers rows of its
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from depthc.codegen.python.tracing import Signature, traced_block

@@ -73,13 +73,18 @@ def python_text(program: Program, title: str = "") -> str:
     main = forward.lines()
     blocks = [part for f in functions.values() for part in (*f.lines, "", "")]
     helpers = [name for name in HELPERS if any(_calls(name, text) for text in (*blocks, *main))]
-    code = [*blocks, *(_UNDER.strip().splitlines() + ["", ""] if "under" in forward.uses else [])]
+    code = [*blocks, *([*_UNDER.strip().splitlines(), "", ""] if "under" in forward.uses else [])]
     code += [*parameter_lines(program), "", "", *main, "", "", *example_lines(program, names)]
     arguments = ", ".join(names[leaf.name] for leaf in program.signature.inputs if leaf.type is not None)
     about = _ABOUT.format(title=title or program.name, version=__version__, arguments=arguments)
     about += "\n" + _ROUTED if helpers else ""
     header = [f"# {text}".rstrip() for text in about.splitlines()]
-    return "\n".join([*header, "", *_imports(code, helpers, libraries(f.function for f in functions.values())), "", "", *code]) + "\n"
+    return (
+        "\n".join(
+            [*header, "", *_imports(code, helpers, libraries(f.function for f in functions.values())), "", "", *code]
+        )
+        + "\n"
+    )
 
 
 def _calls(name: str, text: str) -> bool:

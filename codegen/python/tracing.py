@@ -72,7 +72,7 @@ class Signature:
 def _type(function: Callable[..., Any], parameter: inspect.Parameter) -> ValueType:
     note = parameter.annotation
     try:
-        found = read_type(ast.parse(note, mode="eval").body) if isinstance(note, str) else None
+        found = read_type(_expression(note)) if isinstance(note, str) else None
     except (SyntaxError, DepthError):
         found = None
     if found is None:
@@ -80,6 +80,12 @@ def _type(function: Callable[..., Any], parameter: inspect.Parameter) -> ValueTy
         shown = "nothing" if note is parameter.empty else repr(note)
         raise InputError(what, expected='"f32[b, s, 64]" or "float"', found=shown, remedy="annotate it with its type")
     return found
+
+
+def _expression(note: str) -> ast.expr:
+    """The syntax of an annotation; where annotations are postponed, it is the text of a text."""
+    node = ast.parse(note, mode="eval").body
+    return _expression(node.value) if isinstance(node, ast.Constant) and isinstance(node.value, str) else node
 
 
 def traced_block(function: Callable[..., Any], signature: Signature, consts: Sequence[float], training: bool) -> Block:
@@ -92,7 +98,9 @@ def traced_block(function: Callable[..., Any], signature: Signature, consts: Seq
     for name, type in zip(signature.names, tensors, strict=False):
         if not isinstance(type, Type):
             what = f"argument {name!r} of the block {function.__name__!r} is a number"
-            raise InputError(what, expected="a tensor", found=str(type), remedy="give it as a tensor, or after the rest")
+            raise InputError(
+                what, expected="a tensor", found=str(type), remedy="give it as a tensor, or after the rest"
+            )
     hints = _hints(tensors)  # type: ignore[arg-type]
     env = {"training": training, "device": torch.device("cpu")}
     env = {name: env[name] for name in signature.env}
@@ -108,7 +116,7 @@ def traced_block(function: Callable[..., Any], signature: Signature, consts: Seq
 
 
 def _hints(types: Sequence[Type]) -> dict[str, int]:
-    """A size to trace at for every name: a prime that is no fixed size, so that no two dimensions are equal by chance."""
+    """A size to trace at for every name: a prime that is no fixed size, so that sizes are not equal by chance."""
     fixed = {size for type in types for size in type.shape if isinstance(size, int)}
     primes = (n for n in count(101) if n not in fixed and all(n % d for d in range(2, 101)))
     names = dict.fromkeys(name for type in types for name in sorted(type.size_names()))
