@@ -42,7 +42,7 @@ def _marks(parts: Sequence[Part | Tower], cells: Sequence[Cell]) -> Iterator[tup
         label = escape(layer.label)
         yield _cell(colour_class(layer.place), label), LAYER
     if any(not cell.kept for cell in cells):
-        yield _cell("gone", "2"), "a layer of which nothing is kept"
+        yield _cell("gone", "2"), "a layer of which nothing is kept, or less than half"
     if any(cell.label.endswith("*") for cell in cells):
         yield _cell("new", "2*"), "a part of its parameters is another set in every pass"
     if any(isinstance(part, Bracket) for part in parts):
@@ -91,5 +91,5 @@ def _made(made: dict[str, str]) -> str:
         f'<li><b class="mono">{escape(label)}</b><span>{escape(words)}</span></li>' for label, words in made.items()
     )
     opened = " open" if len(made) <= MANY else ""
-    said = counted(len(made), "parameter set") + " made by the recipe"
+    said = counted(len(made), "label") + " that the recipe made"
     return f"<details{opened}><summary>{said}</summary>\n<ul>\n{items}\n</ul>\n</details>\n"

@@ -20,9 +20,9 @@ MOST_PARTS = 12  # in a row, before the middle is left out
 class Cell:
     """One layer: a small box with the label of its parameter set.
 
-    `made` says what a set of the rewritten program consists of; `kept` is False where that program has nothing of the
-    layer. `rule` says in a few letters on which tokens it runs, `only` in words, and `times` how often in a row. A cell
-    without a label is a segment between layers.
+    `made` says what a set of the rewritten program consists of; `kept` is False where that program has less than half
+    of the layer. `rule` says in a few letters on which tokens it runs, `only` in words, and `times` how often in a row.
+    A cell without a label is a segment between layers.
     """
 
     label: str

@@ -44,7 +44,7 @@ def report_html(stages: Sequence[Stage], title: str, missing: Mapping[str, str] 
         *_heading(stages, sets, title, stored),
         *_pictures(first, last, sets),
         *_passes(stages),
-        f"<h2>The program at the end</h2>\n<details><summary>Its text</summary>\n{_code(str(last.program))}\n</details>",
+        f"<h2>The program at the end</h2>\n<details><summary>Text</summary>\n{_code(str(last.program))}\n</details>",
         *_missing(missing or {}),
     ]
     places = [one.place for found in read for one in found]

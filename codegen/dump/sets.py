@@ -81,11 +81,11 @@ class Sets:
             words = f"{own:,} of its parameters are another set in every pass"
             said = "; ".join(filter(None, (self._named(first.family).words, words)))
             return ParamSet(f"{first.family}*", first.family, said, first.place)
-        label = f"{first.label}…{sets[-1].label}"
-        return ParamSet(label, label, "another set in every pass", first.place)
+        label = f"{first.label}{'/' if len(sets) == 2 else '…'}{sets[-1].label}"
+        return ParamSet(label, label, f"another set by pass: {listed([one.label for one in sets])}")
 
     def kept(self, label: str) -> bool:
-        """Whether the rewritten program has values of a captured set, or values made from them."""
+        """Whether the rewritten program has more than half of a captured set, or values made from that."""
         tensors = next(tensors for tensors, found in self._known.items() if found.label == label)
         return not tensors or self._size(tensors & self._used) * 2 > self._size(tensors)
 

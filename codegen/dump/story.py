@@ -48,7 +48,7 @@ class _Tower:
 
     def sentences(self) -> Iterator[str]:
         if self.same:
-            yield f"all {counted(len(self.before), 'layer')} stay as they are."
+            yield f"All {counted(len(self.before), 'layer')} stay as they are."
             return
         stored = [len(set(labels)) for labels in (self.before, self.after)]
         loops = [part for part in self.part.parts if isinstance(part, Bracket)]
@@ -72,7 +72,7 @@ class _Tower:
         at = self.part.parts.index(loop)
         first, last = (sum(1 for _ in _cells(parts)) for parts in (self.part.parts[:at], self.part.parts[at + 1 :]))
         size = sum(1 for _ in _cells(loop.parts))
-        group = f"one group of {counted(size, 'layer')} runs {loop.times.removeprefix(TIMES)} times"
+        group = f"one {'layer' if size == 1 else f'group of {size} layers'} runs {loop.times.removeprefix(TIMES)} times"
         stays = [f"the first {first if first > 1 else ''}".strip()] if first else []
         stays += [f"the last {last if last > 1 else ''}".strip()] if last else []
         if not stays:

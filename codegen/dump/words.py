@@ -19,6 +19,8 @@ PLANS: Mapping[str, str] = {
 }
 TIMES, NO_VALUE = "\u00d7", "\u2013"
 NARROW = "\u202f"  # a space at which no line breaks
+EVERYONE = {"topk": 1.0, "stride": 1.0, "threshold": float("-inf")}  # numbers of rules that take all tokens
+MOST_NUMBERS = 6  # of a rule, in words
 UNITS = (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3))
 
 
@@ -102,9 +104,7 @@ def chosen(select: Select, scope: Scope) -> str:
     """
     name, _, _, warmup = parse_rule(select.rule)
     carried = _carried(select.among, scope)
-    said = _rule(select.rule, select.score, scope)
-    if name == "topk" and "the best" in said and "of the" not in said:
-        said += " of them" if carried and select.of is None else " of all"
+    said = _rule(select.rule, select.score, scope, "of them" if carried and select.of is None else "of all")
     said += " of every document" if select.within else ""
     said += f" by {scope.makers.get(select.score, select.score)}" if select.score and name == "topk" else ""
     said += " among those of the pass before" if carried else ""
@@ -126,51 +126,48 @@ def inferred(select: Select, scope: Scope) -> str:
 
 
 def brief(select: Select, scope: Scope) -> str:
-    """The rule in a few letters, for a small box."""
+    """The rule in a few letters, for a small box.
+
+    Example:
+        >>> brief(Select("A", "topk(0.125)", "s"), Scope()), brief(Select("A", "threshold(0.0)", "s"), Scope())
+        ('1/8', '> 0')
+    """
     name, _, _, _ = parse_rule(select.rule)
-    number = _by_pass(select.rule, scope)[0]
-    signs = {"topk": "", "stride": "1/", "threshold": "> ", "atleast": "≥ ", "all": "all"}
-    text = share(number) if name == "topk" and isinstance(number, float) else f"{number:g}" if name != "all" else ""
-    return f"{signs[name]}{text}"
+    signs = {"topk": "", "stride": "1/", "threshold": "> ", "atleast": "≥ "}
+    return f"{signs[name]}{_number(name, _by_pass(select.rule, scope)[0])}" if name in signs else name
 
 
-def _rule(rule: str, score: str | None, scope: Scope) -> str:
+def _rule(rule: str, score: str | None, scope: Scope, whole: str = "of all") -> str:
+    """A rule in words; `whole` says what shares are of, where they differ by pass."""
     name, _, _, _ = parse_rule(rule)
     values = _by_pass(rule, scope)
-    if name == "all":
-        return "all tokens"
-    everyone = 1.0 if name == "topk" else float("-inf") if name == "threshold" else 1 if name == "stride" else None
-    if all(value == everyone for value in values):
+    if name == "all" or all(value == EVERYONE.get(name) for value in values):
         return "all tokens"
     if name == "atleast" and scope.loops and values == [scope.loops[-1].index]:
         return f"the tokens whose {score} is at least {values[0]}, the number of the pass from 0 on,"
     if len(set(values)) == 1:
-        return _one(name, values[0], score)
-    if values[0] == everyone and len(values) > 1:
-        return f"all tokens in pass 1, then {_many(name, values[1:], score)}"
-    return f"{_many(name, values, score)} in passes 1 to {len(values)}"
+        return _phrase(name, values[:1], score, "of the tokens")
+    if values[0] == EVERYONE.get(name):
+        return f"all tokens in pass 1, then {_phrase(name, values[1:], score, whole)}"
+    return _phrase(name, values, score, whole)
 
 
-def _one(name: str, value: float | str, score: str | None) -> str:
-    number = value if isinstance(value, str) else f"{value:g}"
-    match name:
-        case "topk":
-            return f"the best {share(value) if isinstance(value, float) else number} of the tokens"
-        case "stride":
-            return f"one token in {number}"
-        case "threshold":
-            return f"the tokens with {score} above {number}"
-    return f"the tokens with {score} at least {number}"
+def _phrase(name: str, values: Sequence[float | str], score: str | None, whole: str) -> str:
+    """A rule with its numbers, one a pass."""
+    shown = [_number(name, value) for value in (values if len(set(values)) > 1 else values[:1])]
+    shown = shown if len(shown) <= MOST_NUMBERS else [*shown[:3], "...", shown[-1]]
+    numbers = ", then ".join(shown)
+    if name == "topk":
+        return f"the best {numbers} {whole}"
+    if name == "stride":
+        return f"one token in {numbers}"
+    return f"the tokens with {score} {'above' if name == 'threshold' else 'at least'} {numbers}"
 
 
-def _many(name: str, values: Sequence[float | str], score: str | None) -> str:
-    """A rule whose number differs by pass."""
-    values = values[:1] if len(set(values)) == 1 else values
-    shown = [
-        share(v) if name == "topk" and isinstance(v, float) else v if isinstance(v, str) else f"{v:g}" for v in values
-    ]
-    shown = shown if len(shown) <= 6 else [*shown[:3], "…", shown[-1]]
-    return _one(name, "\0", score).replace("\0", listed(shown)).replace(" of the tokens", "")
+def _number(name: str, value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return share(value) if name == "topk" else f"{value:g}"
 
 
 def _by_pass(rule: str, scope: Scope) -> list[float | str]:
