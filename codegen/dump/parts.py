@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from depthc.codegen.dump.sets import Sets, all_passes, applications
-from depthc.codegen.dump.words import Scope, brief, chosen, counted, inferred, planned
+from depthc.codegen.dump.words import TIMES, Scope, brief, chosen, counted, inferred, planned
 from depthc.ir.liveness import reads_of, without_taps
 from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap, calls
 from depthc.ir.text.functions import walk
@@ -20,8 +20,9 @@ MOST_PARTS = 12  # in a row, before the middle is left out
 class Cell:
     """One layer: a small box with the label of its parameter set.
 
-    `rule` says in a few letters on which tokens it runs, `only` in words; `times` how often in a row. A cell without a
-    label is a segment between layers. `made` says what a parameter set of the rewritten program consists of. `kept` is False where the rewritten program has nothing of it.
+    `made` says what a set of the rewritten program consists of; `kept` is False where that program has less than half
+    of the layer. `rule` says in a few letters on which tokens it runs, `only` in words, and `times` how often in a row.
+    A cell without a label is a segment between layers.
     """
 
     label: str
@@ -46,7 +47,10 @@ class Strip:
 
 @dataclass(frozen=True)
 class Box:
-    """A segment, or several in a row; `tensors` are its trained parameters: (tag, name, numbers), the largest first."""
+    """A segment, or several in a row.
+
+    `tensors` are its trained parameters, the largest first: (tag, name, how many numbers).
+    """
 
     name: str
     tensors: tuple[tuple[str, str, int], ...] = ()
@@ -117,7 +121,7 @@ class _Reader:
         for call, _ in calls(stack.ops):
             sides.update(dict.fromkeys(call.reads[self.program.blocks[call.block].carries :]))
         found = [self.sets.of_call(self.program, call, [indices]) for call, indices in applications(stack.ops)]
-        summary = f"{counted(stack.depth, 'layer')} applied, {len(set(found))} stored"
+        summary = f"{counted(stack.depth, 'layer')} applied, {len({one.family for one in found})} stored"
         notes = [f"layers: {', '.join(dict.fromkeys(blocks))}"]
         notes += [f"they also read {', '.join(sides)}"] if sides else []
         return Tower(stack.name, summary, self.parts(live.ops, Scope()), (*notes, *_taps(stack.ops)))
@@ -125,7 +129,7 @@ class _Reader:
     def parts(self, ops: Sequence[Op], scope: Scope) -> tuple[Part, ...]:
         """Parts of some ops, with layers in a row as strips."""
         marks = {kind: sum(_single(op, kind) for op in ops) > FEW for kind in (Loop, On)}
-        glue = sum(isinstance(op, Segment) and id(op) not in self.decisions for op in ops) > FEW
+        glue = sum(kind is Segment for kind, _ in groupby(map(type, filter(self.drawn, ops)))) > FEW
         scope = replace(scope, sets={**scope.sets, **{op.write: op for op in ops if isinstance(op, Select)}})
         found: list[Part] = []
         for number, op in enumerate(ops):
@@ -146,25 +150,29 @@ class _Reader:
                     found.append(Remark(_footing(op)))
         return _shortened(_joined(found))
 
+    def drawn(self, op: Op) -> bool:
+        """Whether an op has a part of its own."""
+        return not isinstance(op, Select) and id(op) not in self.decisions
+
     def loop(self, op: Loop, scope: Scope, mark: bool) -> Part:
         inner = scope.inside(op)
         if mark:
             (cell,) = (self.cell(inside, inner) for inside in op.body if isinstance(inside, Call))
-            return replace(cell, times=f"×{op.count}")
+            return replace(cell, times=f"{TIMES}{op.count}")
         until = f", or until {op.until} in inference" if op.until else ""
-        return Bracket(f"×{op.count}", f"{op.index} = 0 … {_last(op)}{until}", self.parts(op.body, inner))
+        return Bracket(f"{TIMES}{op.count}", f"{op.index} = 0 … {_last(op)}{until}", self.parts(op.body, inner))
 
     def on(self, op: On, scope: Scope, merge: Merge | None, mark: bool) -> Part:
         select = scope.sets.get(op.tokens)
         if select is None:
-            return Region(f"only the tokens of {op.tokens}", (), self.parts(op.body, scope), _footing(merge))
+            return Region(f"on the tokens of {op.tokens}", (), self.parts(op.body, scope), _footing(merge))
         training, inference = chosen(select, scope), inferred(select, scope)
         if mark:
             (cell,) = (self.cell(inside, scope) for inside in op.body if isinstance(inside, Call))
-            rest = f"; in inference {inference}" if inference else ""
-            return replace(cell, rule=brief(select, scope), only=f"only {training}{rest}")
+            rest = f" (in inference: {inference})" if inference else ""
+            return replace(cell, rule=brief(select, scope), only=f"on {training}{rest}")
         notes = (f"in inference: {inference}",) if inference else ()
-        return Region(f"only {training}", notes, self.parts(op.body, scope), _footing(merge))
+        return Region(f"on {training}", notes, self.parts(op.body, scope), _footing(merge))
 
     def box(self, op: Segment, scope: Scope) -> Box:
         return Box(op.name, self.sets.tensors(self.program, op, all_passes(scope.loops)))
@@ -173,7 +181,7 @@ class _Reader:
         passes = all_passes(scope.loops)
         found = self.sets.of_call(self.program, op, passes)
         size = self.sets.size(self.program, op, passes)
-        words = f"{op.layer or op.block}: parameter set {found.label}, {size:,} numbers"
+        words = f"{op.layer or op.block}: parameter set {found.label}, {size:,} parameters"
         kept = found not in self.sets.captured or self.sets.kept(found.label)
         plan = planned(op.kv)
         return Cell(found.label, words, found.words, found.place, plan=plan, grad=op.grad or "", kept=kept)
@@ -210,7 +218,8 @@ def _decides(name: str, reader: Op, decisions: set[int]) -> bool:
 
 def _single(op: Op, kind: type) -> bool:
     """Whether an op is a loop (or a region) around one layer."""
-    return isinstance(op, kind) and len(op.body) == 1 and isinstance(op.body[0], Call)  # type: ignore[attr-defined]
+    body = op.body if isinstance(op, Loop | On) else ()
+    return isinstance(op, kind) and len(body) == 1 and isinstance(body[0], Call)
 
 
 def _merge_of(op: On, later: Sequence[Op]) -> Merge | None:
@@ -255,9 +264,9 @@ def _routed(cells: Sequence[Cell]) -> Iterator[str]:
     """One remark a rule; many rules are left to the marks of the cells."""
     rules = dict.fromkeys(c.only for c in cells if c.rule)
     if len(rules) == 1:
-        yield f"dashed: {next(iter(rules))}; other tokens stay as they are"
+        yield f"dashed: only {next(iter(rules))}; other tokens stay as they are"
     elif rules:
-        yield "dashed: only the best share of the tokens that is written in the box; other tokens stay as they are"
+        yield "dashed: only on as many tokens as the box says; other tokens stay as they are"
 
 
 def _shortened(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -265,7 +274,11 @@ def _shortened(parts: Sequence[Part]) -> tuple[Part, ...]:
         return tuple(parts)
     left = len(parts) - MOST_PARTS + 2
     half = MOST_PARTS // 2 - 1
-    return (*parts[:half], Remark(f"… {counted(left, 'part')} more, in the program's text below …"), *parts[half + left :])
+    return (
+        *parts[:half],
+        Remark(f"… {counted(left, 'part')} more, in the program's text below …"),
+        *parts[half + left :],
+    )
 
 
 def _taps(ops: Sequence[Op]) -> list[str]:
@@ -273,11 +286,7 @@ def _taps(ops: Sequence[Op]) -> list[str]:
     groups: dict[str, dict[str, None]] = {}
     for op, _ in walk(tuple(ops)):
         if isinstance(op, Tap):
-            head, _, name = op.name.rpartition(".")
-            kept = [part for part in head.split(".") if not part.isdigit() and "{" not in part]
-            groups.setdefault(".".join(kept), {})[name] = None
-    if not groups:
-        return []
-    return ["tapped: " + "; ".join(f"{head} ({', '.join(names)})" if head else ", ".join(names) for head, names in groups.items())]
-
-
+            *head, name = [part for part in op.name.split(".") if not part.isdigit() and "{" not in part] or [op.name]
+            groups.setdefault(".".join(head), {})[name] = None
+    said = [f"{head} ({', '.join(names)})" if head else ", ".join(names) for head, names in groups.items()]
+    return [f"tapped: {'; '.join(said)}"] if said else []

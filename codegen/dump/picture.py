@@ -5,12 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from html import escape
+from itertools import islice
 
 from depthc.codegen.dump.parts import Box, Bracket, Cell, Part, Region, Remark, Strip, Tower, parts_of
 from depthc.codegen.dump.sets import Sets
 from depthc.codegen.dump.style import colour_class
 from depthc.codegen.dump.words import short
+from depthc.ir.liveness import reads_of
 from depthc.ir.program import Program
+from depthc.ir.text.functions import walk
 
 WIDTH, PAD, FLOW = 372, 10, 14  # of the picture, inside of frames, and of the arrows between parts
 CELL, CELL_GAP, ROW, MARKED_ROW, GLUE = 34, 4, 26, 36, 8
@@ -78,21 +81,20 @@ class _Drawing:
 
     def program(self, program: Program, parts: Sequence[Box | Tower]) -> float:
         """All parts, in one column or two."""
-        inputs = ", ".join(leaf.name for leaf in program.signature.inputs if leaf.type is not None)
-        outputs = ", ".join(name for name in program.signature.outputs if isinstance(name, str))
         columns = _columns(parts)
         width = (WIDTH - 2 - 2 * PAD * (len(columns) - 1)) / len(columns)
         lefts = [1 + number * (width + 2 * PAD) for number in range(len(columns))]
-        top = self.text(inputs, lefts[0] + width / 2, 0, width, "muted", "middle")
-        ends = []
-        for x, column in zip(lefts, columns, strict=True):
-            y = self.arrow(x + width / 2, top) if x == lefts[0] else top + FLOW
-            ends.append(self.column(column, x, y, width))
+        read, ends, first = _inputs(program, [len(column) for column in columns]), [], 0.0
+        for x, column, names in zip(lefts, columns, read, strict=True):
+            y = self.text(", ".join(names), x + width / 2, 0, width, "muted", "middle")
+            first = self.arrow(x + width / 2, y) if names else max(y, FLOW)
+            ends.append(self.column(column, x, first, width))
+        outputs = ", ".join(name for name in program.signature.outputs if isinstance(name, str))
         middle = lefts[-1] + width / 2
         end = self.text(outputs, middle, self.arrow(middle, ends[-1]), width, "muted", "middle")
         if len(columns) == 1:
             return end + 2
-        low, high, x = ends[0] + 10, top + FLOW + 14, lefts[1]
+        low, high, x = ends[0] + 10, first + 14, lefts[1]
         self.path(f"M{lefts[0] + width / 2:g} {ends[0]:g}V{low:g}H{x - PAD:g}V{high:g}H{x - 5:g}", "flow")
         self.path(f"M{x - 7:g} {high - 3.5:g}l6 3.5l-6 3.5z", "head")
         return max(end, low) + 2
@@ -139,7 +141,10 @@ class _Drawing:
         at, top, left, inside = len(self.marks), y, x + PAD, width - 2 * PAD
         y = self.text(part.name, left, y + 5, inside, "bold")
         for tag, name, numbers in part.tensors[:2]:
-            y = self.text(f"{tag} = {name}, {short(numbers)}" if tag else f"{name}, {short(numbers)}", left, y, inside, "muted")
+            begin, end = f"{tag} = " if tag else "", f", {short(numbers)}"
+            room = int(inside / LETTER["muted"]) - len(begin) - len(end)
+            said = name if len(name) <= room else f"…{name[1 - room :]}"
+            y = self.text(begin + said + end, left, y, inside, "muted")
         if rest := part.tensors[2:]:
             y = self.text(f"and {len(rest)} more, {short(sum(n for *_, n in rest))}", left, y, inside, "muted")
         return self.frame("box", x, top, width, y + 6, at)
@@ -169,19 +174,21 @@ class _Drawing:
     def strip(self, part: Strip, x: float, y: float, width: float) -> float:
         """Layers in reading order, as many a row as fit."""
         row = MARKED_ROW if any(cell.rule or cell.times for cell in part.cells) else ROW
-        left = x
-        for cell in part.cells:
-            wide = CELL if cell.label else GLUE
-            if left + wide > x + width + 0.5:
-                left, y = x, y + row + CELL_GAP
-            self.cell(cell, left, y, wide, row)
-            left += wide + CELL_GAP
-        y += row
+        lines = _lines(part.cells, width)
+        begin = x + (width - max(map(_width, lines))) / 2
+        for line in lines:
+            left = begin
+            for cell in line:
+                self.cell(cell, left, y, row)
+                left += _width([cell]) + CELL_GAP
+            y += row + CELL_GAP
+        y -= CELL_GAP
         for number, note in enumerate(part.notes):
             y = self.text(note, x, y + (4 if not number else 0), width, "muted")
         return y
 
-    def cell(self, cell: Cell, x: float, y: float, wide: float, row: float) -> None:
+    def cell(self, cell: Cell, x: float, y: float, row: float) -> None:
+        wide = _width([cell])
         classes = ["cell", "glue" if not cell.label else colour_class(cell.place) if cell.kept else "gone"]
         classes += ["routed"] if cell.rule else []
         words = "; ".join(filter(None, (cell.words, cell.only, cell.plan, "" if cell.kept else "not kept")))
@@ -191,7 +198,9 @@ class _Drawing:
         middle = x + wide / 2
         small = ' class="small"' if len(cell.label) > 4 else ""
         if cell.label:
-            self.mark(f'<text x="{middle:g}" y="{y + (16 if mark else row / 2 + 4):g}"{small}>{escape(cell.label)}</text>')
+            self.mark(
+                f'<text x="{middle:g}" y="{y + (16 if mark else row / 2 + 4):g}"{small}>{escape(cell.label)}</text>'
+            )
         if mark:
             self.mark(f'<text class="small" x="{middle:g}" y="{y + row - 6:g}">{escape(mark)}</text>')
         if cell.plan:
@@ -233,3 +242,27 @@ def _columns(parts: Sequence[Box | Tower]) -> list[list[Box | Tower]]:
     if len(towers) != 2:
         return [list(parts)]
     return [list(parts[: towers[0] + 1]), list(parts[towers[0] + 1 :])]
+
+
+def _inputs(program: Program, counts: Sequence[int]) -> list[list[str]]:
+    """The arguments that the items of every column read, so many items a column."""
+    found, items = [], iter(program.body)
+    for count in counts:
+        own = list(islice(items, count))
+        read = {name for op, _ in walk(own) for name in reads_of(op)}
+        found.append([leaf.name for leaf in program.signature.inputs if leaf.type is not None and leaf.name in read])
+    return found
+
+
+def _width(cells: Sequence[Cell]) -> float:
+    return sum(CELL if cell.label else GLUE for cell in cells) + CELL_GAP * (len(cells) - 1)
+
+
+def _lines(cells: Sequence[Cell], width: float) -> list[list[Cell]]:
+    """Cells as many a line as fit."""
+    lines: list[list[Cell]] = [[]]
+    for cell in cells:
+        if lines[-1] and _width([*lines[-1], cell]) > width:
+            lines.append([])
+        lines[-1].append(cell)
+    return lines

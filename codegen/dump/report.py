@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 from depthc.codegen.dump.diff import diff_html
-from depthc.codegen.dump.figures import closed_forms_html, rows_of, table_html
+from depthc.codegen.dump.figures import figures_html, rows_of
 from depthc.codegen.dump.key import key_html
 from depthc.codegen.dump.picture import picture
 from depthc.codegen.dump.sets import ParamSet, Sets, applications
 from depthc.codegen.dump.story import story
 from depthc.codegen.dump.style import style_of
+from depthc.codegen.dump.words import counted
 from depthc.ir.program import Program
 from depthc.passes.stages import Stage
 
-SHOWN = 12  # names of parameters that a pass made or dropped, before the rest is folded
+FEW = 4  # names of parameters that need not be folded
 
 
 def report_html(stages: Sequence[Stage], title: str, missing: Mapping[str, str] | None = None) -> str:
@@ -36,16 +38,16 @@ def report_html(stages: Sequence[Stage], title: str, missing: Mapping[str, str] 
     """
     first, last = stages[0], stages[-1]
     sets = Sets(first.program, last.program)
-    shown = [_sets_of(stage.program, sets) for stage in (first, last)]
+    read = [_sets_of(stage.program, sets) for stage in (first, last)]
+    stored = (len({one.family for one in read[0]}), len({one.family for one in read[1]}))
     body = [
-        *_heading(first, last, sets, title, (len(shown[0]), len(shown[1]))),
+        *_heading(stages, sets, title, stored),
         *_pictures(first, last, sets),
         *_passes(stages),
-        "<h2>The program at the end</h2>",
-        f'<details><summary>Its text</summary>\n<pre tabindex="0"><code>{_lines(str(last.program))}</code></pre>\n</details>',
+        f"<h2>The program at the end</h2>\n<details><summary>Text</summary>\n{_code(str(last.program))}\n</details>",
         *_missing(missing or {}),
     ]
-    places = [one.place for found in shown for one in found]
+    places = [one.place for found in read for one in found]
     name = escape(f"{first.program.name}: {title}")
     head = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -61,16 +63,15 @@ def _sets_of(program: Program, sets: Sets) -> dict[ParamSet, None]:
     return dict.fromkeys(sets.of_call(program, call, [indices]) for call, indices in pairs)
 
 
-def _heading(first: Stage, last: Stage, sets: Sets, title: str, stored: tuple[int, int]) -> Iterator[str]:
-    yield f"<h1>{escape(first.program.name)}: {escape(title)}</h1>"
+def _heading(stages: Sequence[Stage], sets: Sets, title: str, stored: tuple[int, int]) -> Iterator[str]:
+    first, last = stages[0], stages[-1]
+    recipe = " | ".join(stage.title for stage in stages[1:])
+    name = first.program.name if title == recipe else f"{first.program.name}: {title}"
+    yield f"<h1>{escape(name)}</h1>\n<p><code>{escape(recipe or 'no pass')}</code></p>"
     yield f'<p class="lead">{escape(story(first.program, last.program, sets))}</p>'
-    rows = list(rows_of(first, last, stored))
-    yield table_html(rows)
-    if any("≤" in row.before + row.after for row in rows):
-        yield '<p class="muted"><small>≤: the data decide how many tokens run; the figure is for as many as there can be.</small></p>'
-    if any(row.after == "–" for row in rows):
-        yield f'<p class="muted"><small>–: {escape(last.cost.no_cache)}.</small></p>'
-    yield closed_forms_html(first, last)
+    costs, applied = (first.cost, last.cost), (sum(first.program.depths), sum(last.program.depths))
+    rows = list(rows_of(costs, first.program, (applied, stored)))
+    yield from figures_html(rows, costs)
 
 
 def _pictures(first: Stage, last: Stage, sets: Sets) -> Iterator[str]:
@@ -82,24 +83,22 @@ def _pictures(first: Stage, last: Stage, sets: Sets) -> Iterator[str]:
 
 
 def _passes(stages: Sequence[Stage]) -> Iterator[str]:
-    if len(stages) < 2:
-        return
-    yield "<h2>The passes</h2>"
-    for before, stage in zip(stages, stages[1:], strict=False):
+    if len(stages) > 1:
+        yield "<h2>The passes</h2>"
+    for before, stage in pairwise(stages):
         yield f"<section>\n<h3>{stage.number}. <code>{escape(stage.title)}</code></h3>"
-        if stage.step is not None:
-            step = stage.step
-            yield f'<p class="muted">{step.seconds:.2f} s; {step.before} ops became {step.after}</p>'
-            yield from _names("parameters made or bound anew", [f"{name} = {text}" for name, text in step.made])
-            yield from _names("parameters dropped", step.dropped)
+        if (step := stage.step) is not None:
+            yield f'<p class="muted">{1000 * step.seconds:,.0f} ms; {step.before} ops became {step.after}</p>'
+            yield from _names("made or bound anew", [f"{name} = {text}" for name, text in step.made])
+            yield from _names("dropped", step.dropped)
         yield f"{diff_html(str(before.program), str(stage.program))}\n</section>"
 
 
 def _names(what: str, names: Sequence[str]) -> Iterator[str]:
     if names:
-        opened = " open" if len(names) <= SHOWN // 3 else ""
-        yield f"<details{opened}><summary>{len(names):,} {what}</summary>"
-        yield f'<pre tabindex="0"><code>{_lines(chr(10).join(names))}</code></pre></details>'
+        opened = " open" if len(names) <= FEW else ""
+        said = f"{counted(len(names), 'parameter')} {what}"
+        yield f"<details{opened}><summary>{said}</summary>\n{_code(chr(10).join(names))}\n</details>"
 
 
 def _missing(missing: Mapping[str, str]) -> Iterator[str]:
@@ -109,5 +108,6 @@ def _missing(missing: Mapping[str, str]) -> Iterator[str]:
         yield "</ul>"
 
 
-def _lines(text: str) -> str:
-    return "".join(f"<span>{escape(line) or ' '}</span>" for line in text.splitlines())
+def _code(text: str) -> str:
+    lines = "".join(f"<span>{escape(line) or ' '}</span>" for line in text.splitlines())
+    return f'<pre tabindex="0"><code>{lines}</code></pre>'

@@ -12,6 +12,7 @@ from itertools import count, product
 from math import prod
 from string import ascii_lowercase, ascii_uppercase
 
+from depthc.codegen.dump.words import NO_VALUE, listed
 from depthc.ir.cost.cost import owner_of
 from depthc.ir.evaluate import indexed
 from depthc.ir.params import Expr, Init, Mean, Ref, Shuffle, Svd
@@ -29,11 +30,13 @@ class ParamSet:
 
     Attributes:
         label: equal for equal sets.
+        family: the label of the set with which it has more than half of its parameters in common; else its own.
         words: what it is made of; "" for a set of the captured model.
         place: where in depth its values come from, from 0 to 1; None for values from nowhere in the model.
     """
 
     label: str
+    family: str
     words: str = ""
     place: float | None = None
 
@@ -54,11 +57,14 @@ class Sets:
     def __init__(self, before: Program, after: Program) -> None:
         self._sizes: dict[Tensor, int] = {}
         self._known: dict[frozenset[Tensor], ParamSet] = {}
+        self._homes: dict[Tensor, ParamSet] = {}
         self._variants: dict[str, Iterator[str]] = {}
         self._letters = _names()
-        self._add(before)
-        self.captured = tuple(self._known.values())
-        self._homes = {tensor: found for tensors, found in reversed(self._known.items()) for tensor in tensors}
+        self._add_captured(before)
+        self.captured = frozenset(self._known.values())
+        for stack in after.stacks:
+            for call, indices in applications(stack.ops):
+                self.of_call(after, call, [indices])
         self._used = {tensor for name in after.params for tensor in _origins(self._tensor(after, name))}
         tied = dict.fromkeys(t for program in (before, after) for t in self._tied(program))
         self._tags = {tensor: f"T{n}" for n, tensor in enumerate(tied, 1)}
@@ -66,18 +72,20 @@ class Sets:
     def of_call(self, program: Program, call: Call, passes: Sequence[Mapping[str, int]]) -> ParamSet:
         """The set that a call reads in these passes through the loops around it; "2*" where a part differs by pass."""
         found = list(dict.fromkeys(self._read(program, call, indices) for indices in passes))
-        if len(found) == 1:
-            return self._labelled(found[0])
-        core = frozenset.intersection(*found)
-        if self._size(core) * 2 > self._size(found[0]):
-            base, own = self._nearest(core), self._size(found[0] - core)
-            label = f"{base.label if base else next(self._letters)}*"
-            return ParamSet(label, f"{own:,} numbers of it are another set in every pass", base.place if base else None)
-        ends = [self._labelled(tensors) for tensors in (found[0], found[-1])]
-        return ParamSet(f"{ends[0].label}…{ends[1].label}", "another set in every pass", ends[0].place)
+        sets = [self._labelled(tensors) for tensors in found]
+        first = sets[0]
+        if len(sets) == 1:
+            return first
+        if {one.family for one in sets} == {first.family}:
+            own = self._size(found[0] - frozenset.intersection(*found))
+            words = f"{own:,} of its parameters are another set in every pass"
+            said = "; ".join(filter(None, (self._named(first.family).words, words)))
+            return ParamSet(f"{first.family}*", first.family, said, first.place)
+        label = f"{first.label}{'/' if len(sets) == 2 else '…'}{sets[-1].label}"
+        return ParamSet(label, label, f"another set by pass: {listed([one.label for one in sets])}")
 
     def kept(self, label: str) -> bool:
-        """Whether the rewritten program has values of a captured set, or values made from them."""
+        """Whether the rewritten program has more than half of a captured set, or values made from that."""
         tensors = next(tensors for tensors, found in self._known.items() if found.label == label)
         return not tensors or self._size(tensors & self._used) * 2 > self._size(tensors)
 
@@ -112,7 +120,7 @@ class Sets:
                         readers.setdefault(self._tensor(program, plain), set()).add(reader)
         yield from (tensor for tensor, found in readers.items() if len(found) > 1)
 
-    def _add(self, program: Program) -> None:
+    def _add_captured(self, program: Program) -> None:
         """Label the sets of the captured program by their place in their stack."""
         prefixes, groups = _prefixes(program.stacks), []
         for stack, prefix in zip(program.stacks, prefixes, strict=True):
@@ -121,8 +129,18 @@ class Sets:
         labels = {tensors: label for tensors, label in reversed(groups) if tensors}
         order = [tensors for tensors, _ in groups if tensors]
         last = max(1, len(order) - 1)
-        self._known = {t: ParamSet(labels[t], place=n / last) for n, t in enumerate(dict.fromkeys(order))}
-        self._known[frozenset()] = ParamSet("–", "no parameters")
+        self._known[frozenset()] = ParamSet(NO_VALUE, NO_VALUE, "no parameters")
+        for n, tensors in enumerate(dict.fromkeys(order)):
+            self._keep(tensors, ParamSet(labels[tensors], labels[tensors], place=n / last))
+
+    def _keep(self, tensors: frozenset[Tensor], found: ParamSet) -> ParamSet:
+        self._known[tensors] = found
+        for tensor in tensors:
+            self._homes.setdefault(tensor, found)
+        return found
+
+    def _named(self, label: str) -> ParamSet:
+        return next(found for found in self._known.values() if found.label == label)
 
     def _read(self, program: Program, call: Call, indices: Mapping[str, int]) -> frozenset[Tensor]:
         names = (indexed(name, indices) for name in call.params)
@@ -139,25 +157,26 @@ class Sets:
         return sum(self._sizes[tensor] for tensor in tensors)
 
     def _labelled(self, tensors: frozenset[Tensor]) -> ParamSet:
-        if tensors not in self._known:
-            self._known[tensors] = self._new(tensors)
-        return self._known[tensors]
+        return self._known[tensors] if tensors in self._known else self._keep(tensors, self._new(tensors))
 
     def _new(self, tensors: frozenset[Tensor]) -> ParamSet:
         base = self._nearest(tensors)
         if base is not None:
-            own = self._size([t for t in tensors if self._homes.get(t) != base])  # type: ignore[arg-type]
-            letter = next(self._variants.setdefault(base.label, iter(ascii_lowercase)), "′")
-            return ParamSet(f"{base.label}{letter}", f"{base.label}, but for {own:,} numbers", base.place)
-        made = [expr for _, expr in tensors if expr is not None]
-        homes = [self._homes.get(origin) for tensor in tensors for origin in _origins(tensor)]
-        sources = sorted({home for home in homes if home is not None}, key=lambda s: s.place or 0.0)
-        places = [source.place for source in sources if source.place is not None]
+            own = self._size({tensor for tensor in tensors if self._homes.get(tensor) != base})
+            letters = self._variants.setdefault(base.family, iter(ascii_lowercase))
+            words = f"{base.label}, but for {own:,} parameters"
+            return ParamSet(f"{base.family}{next(letters, '+')}", base.family, words, base.place)
+        made = [tensor for tensor in sorted(tensors, key=repr) if tensor[1] is not None]
+        homes = {self._homes.get(origin) for tensor in made or tensors for origin in _origins(tensor)} - {None}
+        sources = sorted(homes, key=lambda one: (one.place or 0.0, one.label))  # type: ignore[union-attr]
+        places = [one.place for one in sources if one is not None and one.place is not None]
         place = sum(places) / len(places) if places else None
-        return ParamSet(next(self._letters), _made_of(made, [s.label for s in sources]), place)
+        words = _made_of({type(expr) for _, expr in made}, [one.label for one in sources if one is not None])
+        label = next(self._letters)
+        return ParamSet(label, label, words, place)
 
     def _nearest(self, tensors: frozenset[Tensor]) -> ParamSet | None:
-        """The captured set that holds most of the tensors; None where none holds more than half of their numbers."""
+        """The known set that holds most of the tensors; None where none holds more than half of their numbers."""
         shares: dict[ParamSet, int] = {}
         for tensor in tensors:
             if tensor in self._homes:
@@ -211,18 +230,16 @@ def _refs(expr: Expr) -> Iterator[str]:
             yield from _refs(term)
 
 
-def _made_of(made: Sequence[Expr], sources: Sequence[str]) -> str:
-    kinds = {type(expr) for expr in made}
-    said = ", ".join(sources)
-    if not made:
-        return f"tensors of {said}"
+def _made_of(kinds: Set[type], sources: Sequence[str]) -> str:
+    """What tensors are, whose expressions are of these kinds and read weights of these sets."""
+    said = listed(sources)
     if kinds == {Mean}:
         return f"the mean of {said}"
-    if Shuffle in kinds:
-        return f"fresh values, spread like those of {said}"
-    if kinds == {Init}:
+    if kinds == {Shuffle}:
+        return f"fresh values, those of {said} in another order"
+    if kinds == {Init} or not sources:
         return "new values"
-    return f"made of {said}" if said else "new values"
+    return f"made of {said}"
 
 
 def _names() -> Iterator[str]:

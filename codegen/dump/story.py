@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from depthc.codegen.dump.parts import Bracket, Cell, Part, Region, Strip, Tower, parts_of
 from depthc.codegen.dump.sets import Sets, applications
-from depthc.codegen.dump.words import counted, listed
+from depthc.codegen.dump.words import TIMES, counted, listed
 from depthc.ir.program import Program, Stack
 
 NAMED = 12  # labels in a sentence
@@ -34,7 +34,7 @@ def story(before: Program, after: Program, sets: Sets) -> str:
 
 
 def _labels(program: Program, stack: Stack, sets: Sets) -> list[str]:
-    return [sets.of_call(program, call, [indices]).label for call, indices in applications(stack.ops)]
+    return [sets.of_call(program, call, [indices]).family for call, indices in applications(stack.ops)]
 
 
 @dataclass(frozen=True)
@@ -48,28 +48,31 @@ class _Tower:
 
     def sentences(self) -> Iterator[str]:
         if self.same:
-            yield f"all {counted(len(self.before), 'layer')} stay as they are."
+            yield f"All {counted(len(self.before), 'layer')} stay as they are."
             return
         stored = [len(set(labels)) for labels in (self.before, self.after)]
         loops = [part for part in self.part.parts if isinstance(part, Bracket)]
         if stored[0] == stored[1] and list(self.before) == list(self.after):
-            yield f"The {counted(len(self.before), 'layer')} keep their parameters and their order{self._rolled(loops)}."
+            rolled = ", and what repeats is written as a loop" if loops else ""
+            yield f"The {counted(len(self.before), 'layer')} keep their parameters and their order{rolled}."
         elif len(loops) == 1:
             yield f"{counted(stored[0], 'layer')} became {stored[1]}: {self._grouped(loops[0])}."
             yield from self._begin(loops[0])
         else:
-            yield f"{counted(stored[0], 'layer')} became {stored[1]}, applied {len(self.after)} times in all."
+            times = {cell.times for cell in _cells(self.part.parts)}
+            alike = len(times) == 1 and "" not in times
+            how = f"each runs {times.pop()[1:]} times" if alike else f"they are applied {len(self.after)} times in all"
+            yield f"{counted(stored[0], 'layer')} became {stored[1]}: {how}."
         yield from self._routes()
-
-    def _rolled(self, loops: Sequence[Bracket]) -> str:
-        return ", and what repeats is written as a loop" if loops else ""
+        for plan in dict.fromkeys(cell.plan for cell in _cells(self.part.parts) if cell.plan):
+            yield f"Keys and values: {plan}."
 
     def _grouped(self, loop: Bracket) -> str:
         """The one loop, and the layers around it."""
         at = self.part.parts.index(loop)
         first, last = (sum(1 for _ in _cells(parts)) for parts in (self.part.parts[:at], self.part.parts[at + 1 :]))
         size = sum(1 for _ in _cells(loop.parts))
-        group = f"one group of {counted(size, 'layer')} runs {loop.times.removeprefix('×')} times"
+        group = f"one {'layer' if size == 1 else f'group of {size} layers'} runs {loop.times.removeprefix(TIMES)} times"
         stays = [f"the first {first if first > 1 else ''}".strip()] if first else []
         stays += [f"the last {last if last > 1 else ''}".strip()] if last else []
         if not stays:
@@ -80,17 +83,19 @@ class _Tower:
         return f"{listed(stays)} {verb}, and {place} {group}"
 
     def _begin(self, loop: Bracket) -> Iterator[str]:
-        labels = [cell.label for cell in _cells(loop.parts)]
+        labels = [cell.label.rstrip("*") for cell in _cells(loop.parts)]
         if set(labels) <= set(self.before) and len(labels) <= NAMED:
             yield f"{'They begin as layers' if len(labels) > 1 else 'It begins as layer'} {listed(labels)}."
 
     def _routes(self) -> Iterator[str]:
-        for region in _regions(self.part.parts):
-            yield f"Not every token takes part: {region.heading}; the others stay as they are."
+        for region, looped in _regions(self.part.parts):
+            labels = [cell.label for cell in _cells(region.parts)]
+            who = "the group runs" if looped else f"layer {labels[0]} runs" if len(labels) == 1 else "some layers run"
+            yield f"Not every token takes part: {who} {region.heading}; the others stay as they are."
         routed = [cell for cell in _cells(self.part.parts) if cell.rule]
         rules = dict.fromkeys(cell.only for cell in routed)
         if len(rules) == 1:
-            yield f"{len(routed)} of the layers run on {next(iter(rules)).removeprefix('only ')}; there, the others stay as they are."
+            yield f"{len(routed)} of the layers run only {next(iter(rules))}; there, other tokens stay as they are."
         elif routed:
             yield f"{len(routed)} of the layers run on some tokens only; there, the others stay as they are."
 
@@ -104,9 +109,10 @@ def _cells(parts: Sequence[Part]) -> Iterator[Cell]:
             yield from _cells(part.parts)
 
 
-def _regions(parts: Sequence[Part]) -> Iterator[Region]:
+def _regions(parts: Sequence[Part], looped: bool = False) -> Iterator[tuple[Region, bool]]:
+    """Every region, and whether it is in a loop."""
     for part in parts:
         if isinstance(part, Region):
-            yield part
+            yield part, looped
         if isinstance(part, Bracket | Region):
-            yield from _regions(part.parts)
+            yield from _regions(part.parts, looped or isinstance(part, Bracket))

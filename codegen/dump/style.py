@@ -13,12 +13,12 @@ ADDED, GONE = (("#116329", "#dafbe1"), ("#7ee2a0", "#12301d")), (("#a40e26", "#f
 PAGE_STYLE = """
 :root { color-scheme: light dark; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 77rem; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { margin: 0; font-size: 1.375rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 2.25rem 0 0.75rem; font-size: 1.0625rem; }
 h3 { margin: 0 0 0.5rem; font-size: 0.9375rem; }
-p { margin: 0.5rem 0; max-width: 46rem; }
+p { margin: 0.5rem 0; max-width: 50rem; }
 p.lead { font-size: 1.0625rem; }
 code, pre, .mono { font: 0.8125rem/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 h1 + p code { overflow-wrap: anywhere; }
@@ -26,7 +26,8 @@ h1 + p code { overflow-wrap: anywhere; }
 small { font-size: 0.8125rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 1.5rem 0.3rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 0.2rem 1.5rem 0.2rem 0; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
 th { font-weight: 400; }
 th:first-child { text-align: left; white-space: normal; }
 thead th { color: var(--muted); font-size: 0.8125rem; }
@@ -36,7 +37,10 @@ thead th { color: var(--muted); font-size: 0.8125rem; }
 .key ul { margin: 0 0 1rem; padding: 0; list-style: none; font-size: 0.875rem; }
 .key li { display: flex; gap: 0.625rem; margin: 0.375rem 0; }
 .key li > svg { flex: none; margin-top: 0.1rem; }
-details { margin: 0.5rem 0; }
+details { margin: 0.375rem 0; }
+dl { margin: 0.5rem 0; }
+dt { color: var(--muted); font-size: 0.8125rem; }
+dd { margin: 0 0 0.5rem; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
 summary:focus-visible { outline: 2px solid var(--ink); outline-offset: 2px; }
 pre { margin: 0.5rem 0; padding: 0.75rem 0; overflow-x: auto; background: var(--panel); border: 1px solid var(--line);
@@ -93,5 +97,7 @@ def _scheme(number: int, steps: Iterable[int]) -> str:
     for step in steps:
         colour = fill((LIGHT, DARK)[number], step / STEPS)
         letters = ink(colour)
-        rules.append(f"svg .c{step} rect {{ fill: {colour}; }} svg .c{step} text, svg .c{step} path {{ fill: {letters}; }}")
+        rules.append(
+            f"svg .c{step} rect {{ fill: {colour}; }} svg .c{step} text, svg .c{step} path {{ fill: {letters}; }}"
+        )
     return "\n".join(rules)

@@ -17,6 +17,10 @@ PLANS: Mapping[str, str] = {
     "update": "a store, renewed where tokens run",
     "overlay": "stored by the first application; later ones lay their own over it",
 }
+TIMES, NO_VALUE = "\u00d7", "\u2013"
+NARROW = "\u202f"  # a space at which no line breaks
+EVERYONE = {"topk": 1.0, "stride": 1.0, "threshold": float("-inf")}  # numbers of rules that take all tokens
+MOST_NUMBERS = 6  # of a rule, in words
 UNITS = (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3))
 
 
@@ -43,14 +47,14 @@ def short(number: float, unit: str = "") -> str:
     """A number with three digits and a unit of thousands.
 
     Example:
-        >>> short(134515008), short(999), short(538060032, "B")
-        ('135 M', '999', '538 MB')
+        >>> short(134515008).split(NARROW), short(999), short(538060032, "B").split(NARROW)
+        (['135', 'M'], '999', ['538', 'MB'])
     """
     for prefix, factor in UNITS:
         if abs(number) >= factor * 0.9995:
             value = number / factor
-            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {prefix}{unit}"
-    return f"{number:,.0f}{' ' if unit else ''}{unit}"
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {prefix}{unit}".replace(" ", NARROW)
+    return f"{number:,.0f}{NARROW if unit else ''}{unit}"
 
 
 def share(number: float) -> str:
@@ -58,12 +62,12 @@ def share(number: float) -> str:
 
     Example:
         >>> share(0.125), share(2 / 3), share(0.3333), share(1.0)
-        ('1/8', '2/3', '33.3 %', 'all')
+        ('1/8', '2/3', '33.3%', 'all')
     """
     near = Fraction(number).limit_denominator(32)
     if near == 1:
         return "all"
-    return f"{near}" if abs(near - number) < 1e-9 else f"{100 * number:.3g} %"
+    return f"{near}" if abs(near - number) < 1e-9 else f"{100 * number:.3g}%"
 
 
 def listed(words: Sequence[str]) -> str:
@@ -94,70 +98,76 @@ def chosen(select: Select, scope: Scope) -> str:
 
     Example:
         >>> chosen(Select("A", "topk(0.125)", "s"), Scope(makers={"s": "router"}))
-        'the best 1/8 of the tokens, by router'
+        'the best 1/8 of the tokens by router'
         >>> chosen(Select("A", "topk([1.0, 0.5][r])", "s"), Scope((Loop("r", 2, ()),)))
-        'all tokens in pass 1, then the best 1/2, by s'
+        'all tokens in pass 1, then the best 1/2 of all by s'
     """
     name, _, _, warmup = parse_rule(select.rule)
-    by = f", by {scope.makers.get(select.score, select.score)}" if select.score and name == "topk" else ""
-    said = _rule(select.rule, select.score, scope)
-    within = " of every document" if select.within else ""
-    nested = ", among those of the pass before" if _carried(select.among, scope) and scope.loops else ""
-    slow = f", falling from all over {counted(warmup, 'step')}" if warmup else ""
-    return f"{said}{within}{by}{nested}{slow}"
+    carried = _carried(select.among, scope)
+    said = _rule(select.rule, select.score, scope, "of them" if carried and select.of is None else "of all")
+    said += " of every document" if select.within else ""
+    said += f" by {scope.makers.get(select.score, select.score)}" if select.score and name == "topk" else ""
+    said += " among those of the pass before" if carried else ""
+    return said + (f", falling from all over {counted(warmup, 'step')}" if warmup else "")
 
 
 def inferred(select: Select, scope: Scope) -> str:
-    """Which tokens it takes outside of training; "" where the rule is the same."""
+    """Which tokens it takes outside of training; "" where the rule is the same.
+
+    Example:
+        >>> inferred(Select("A", "topk(0.5)", "s", inference="threshold(0.0)"), Scope(makers={"s": "router"}))
+        'the tokens with a score above 0 by router'
+    """
     if select.inference is None:
         return ""
     judge = select.judge or select.score
-    return _rule(select.inference, scope.makers.get(judge, judge) if judge else None, scope)
+    maker = scope.makers.get(judge or "")
+    return _rule(select.inference, "a score" if maker else judge, scope) + (f" by {maker}" if maker else "")
 
 
 def brief(select: Select, scope: Scope) -> str:
-    """The rule in a few letters, for a small box."""
+    """The rule in a few letters, for a small box.
+
+    Example:
+        >>> brief(Select("A", "topk(0.125)", "s"), Scope()), brief(Select("A", "threshold(0.0)", "s"), Scope())
+        ('1/8', '> 0')
+    """
     name, _, _, _ = parse_rule(select.rule)
-    number = _by_pass(select.rule, scope)[0]
-    signs = {"topk": "", "stride": "1/", "threshold": "> ", "atleast": "≥ ", "all": "all"}
-    text = share(number) if name == "topk" and isinstance(number, float) else f"{number:g}" if name != "all" else ""
-    return f"{signs[name]}{text}"
+    signs = {"topk": "", "stride": "1/", "threshold": "> ", "atleast": "≥ "}
+    return f"{signs[name]}{_number(name, _by_pass(select.rule, scope)[0])}" if name in signs else name
 
 
-def _rule(rule: str, score: str | None, scope: Scope) -> str:
+def _rule(rule: str, score: str | None, scope: Scope, whole: str = "of all") -> str:
+    """A rule in words; `whole` says what shares are of, where they differ by pass."""
     name, _, _, _ = parse_rule(rule)
     values = _by_pass(rule, scope)
-    if name == "all":
+    if name == "all" or all(value == EVERYONE.get(name) for value in values):
         return "all tokens"
-    everyone = 1.0 if name == "topk" else float("-inf") if name == "threshold" else 1 if name == "stride" else None
-    if all(value == everyone for value in values):
-        return "all tokens"
+    if name == "atleast" and scope.loops and values == [scope.loops[-1].index]:
+        return f"the tokens whose {score} is at least {values[0]}, the number of the pass from 0 on,"
     if len(set(values)) == 1:
-        return _one(name, values[0], score)
-    if values[0] == everyone and len(values) > 1:
-        rest = list(dict.fromkeys(values[1:])) if len(set(values[1:])) == 1 else values[1:]
-        return f"all tokens in pass 1, then {_many(name, rest, score)}"
-    return f"{_many(name, values, score)} in passes 1 to {len(values)}"
+        return _phrase(name, values[:1], score, "of the tokens")
+    if values[0] == EVERYONE.get(name):
+        return f"all tokens in pass 1, then {_phrase(name, values[1:], score, whole)}"
+    return _phrase(name, values, score, whole)
 
 
-def _one(name: str, value: float | str, score: str | None) -> str:
-    number = value if isinstance(value, str) else f"{value:g}"
-    match name:
-        case "topk":
-            return f"the best {share(value) if isinstance(value, float) else number} of the tokens"
-        case "stride":
-            return f"one token in {number}"
-        case "threshold":
-            return f"the tokens with {score} above {number}"
-    return f"the tokens with {score} at least {number}"
+def _phrase(name: str, values: Sequence[float | str], score: str | None, whole: str) -> str:
+    """A rule with its numbers, one a pass."""
+    shown = [_number(name, value) for value in (values if len(set(values)) > 1 else values[:1])]
+    shown = shown if len(shown) <= MOST_NUMBERS else [*shown[:3], "...", shown[-1]]
+    numbers = ", then ".join(shown)
+    if name == "topk":
+        return f"the best {numbers} {whole}"
+    if name == "stride":
+        return f"one token in {numbers}"
+    return f"the tokens with {score} {'above' if name == 'threshold' else 'at least'} {numbers}"
 
 
-def _many(name: str, values: Sequence[float | str], score: str | None) -> str:
-    if len(values) == 1:
-        return _one(name, values[0], score).replace(" of the tokens", "")
-    shown = [share(v) if name == "topk" and isinstance(v, float) else f"{v}" for v in values]
-    shown = shown if len(shown) <= 6 else [*shown[:3], "…", shown[-1]]
-    return _one(name, "\0", score).replace("\0", listed(shown)).replace(" of the tokens", "")
+def _number(name: str, value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return share(value) if name == "topk" else f"{value:g}"
 
 
 def _by_pass(rule: str, scope: Scope) -> list[float | str]:
