@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -19,7 +19,7 @@ from depthc.ir.types import Type
 Shape = tuple[sympy.Expr, ...]
 
 # Sizes that stand for the names while ops decide by them: large, different, and none a multiple of another.
-_HINTS = (1009, 2003, 3001, 4001, 5003, 6007, 7001, 8009, 9001)
+HINTS = (1009, 2003, 3001, 4001, 5003, 6007, 7001, 8009, 9001)
 
 
 def symbol(name: str) -> sympy.Symbol:
@@ -34,7 +34,7 @@ def shapes_of(body: Body) -> dict[fx.Node, Any]:
     """
     names = sorted({n for i in body.inputs if isinstance(i.type, Type) for n in i.type.size_names()})
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    known = size_symbols(names, mode)
+    known = size_symbols(dict(zip(names, HINTS, strict=False)), mode)
     with (
         mode,
         enable_python_dispatcher(),  # composite ops decompose by their Python forms, which take symbols
@@ -45,11 +45,11 @@ def shapes_of(body: Body) -> dict[fx.Node, Any]:
     return {node: _shape(value, renamed) for node, value in values.items()}
 
 
-def size_symbols(names: Sequence[str], mode: FakeTensorMode) -> dict[str, Any]:
+def size_symbols(hints: Mapping[str, int], mode: FakeTensorMode) -> dict[str, Any]:
     """A symbolic integer for every name. Not under the mode itself, where the ruler would be a fake already."""
-    ruler = torch.empty(_HINTS[: len(names)], device="meta")
-    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))  # type: ignore[var-annotated]
-    return dict(zip(names, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
+    ruler = torch.empty(tuple(hints.values()), device="meta")
+    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(hints))  # type: ignore[var-annotated]
+    return dict(zip(hints, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
 
 
 def _propagate(body: Body, known: dict[str, Any]) -> dict[fx.Node, Any]:

@@ -9,6 +9,7 @@ from depthc.ir.errors import MlirError
 from depthc.ir.liveness import read_first, writes_of
 from depthc.ir.mlir.context import new_context, verify_module
 from depthc.ir.mlir.functions import Functions
+from depthc.ir.mlir.trace import Sizes
 from depthc.ir.mlir.types import TensorType, tuple_text, type_text
 from depthc.ir.names import Names
 from depthc.ir.params import Param
@@ -58,12 +59,13 @@ class Emitter:
         with self.ir.InsertionPoint(self.module.body):
             for name, param in self.program.params.items():
                 self._param(name, param)
-        functions = Functions(self.module)
+        signature = self.program.signature
+        functions = Functions(self.module, Sizes(signature.ranges, signature.guards))
         for function in self.bodies.values():
             made = functions.add_body(function.body, function.label)
             self.results[function.label] = list(made.attributes["function_type"].value.results)
         with self.ir.InsertionPoint(self.module.body):
-            self._main(self.program.signature)
+            self._main(signature)
 
     def _param(self, name: str, param: Param) -> None:
         attributes = {"sym_name": name, "type": self.ir.Type.parse(type_text(param.type)), "kind": param.kind}
