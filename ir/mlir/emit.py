@@ -10,17 +10,16 @@ from depthc.ir.liveness import read_first, writes_of
 from depthc.ir.mlir.context import new_context, verify_module
 from depthc.ir.mlir.functions import Functions
 from depthc.ir.mlir.trace import Sizes
-from depthc.ir.mlir.types import TensorType, tuple_text, type_text
+from depthc.ir.mlir.types import ROW_DIMS, TensorType, tuple_text, type_text
 from depthc.ir.names import Names
 from depthc.ir.params import Param
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.regions import row_names
 from depthc.ir.signature import Signature
-from depthc.ir.text.functions import collect, function_key
+from depthc.ir.text.functions import Function, collect, function_key
 from depthc.ir.text.printer import expr_text
 
 Values = dict[str, Any]
-ROW_DIMS = (0, 1)  # batch and tokens of a stream: what a region on a set changes
 
 
 def emit(program: Program, context: Any = None) -> Any:
@@ -41,6 +40,13 @@ def emit(program: Program, context: Any = None) -> Any:
     return module
 
 
+def labels_of(program: Program) -> tuple[str, dict[tuple[str, Any], Function]]:
+    """The name of a program's public function, and its bodies with those of the private ones (`label`)."""
+    names = Names()
+    entry = names.new(program.name)
+    return entry, collect(program, names.taken)
+
+
 class Emitter:
     """Writes the ops of a program into a module."""
 
@@ -48,9 +54,7 @@ class Emitter:
         from torch_mlir import ir
 
         self.ir, self.program, self.module = ir, program, module
-        names = Names()
-        self.entry = names.new(program.name)
-        self.bodies = collect(program, names.taken)
+        self.entry, self.bodies = labels_of(program)
         self.results: dict[str, list[Any]] = {}
         self.inside = False  # of an `on` region
 

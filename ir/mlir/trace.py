@@ -20,7 +20,7 @@ from depthc.ir.body import Body, Input
 from depthc.ir.cost.shapes import HINTS, size_symbols
 from depthc.ir.errors import MlirError
 from depthc.ir.graph.size_nodes import source_of
-from depthc.ir.mlir.decompositions import decompositions
+from depthc.ir.mlir.decompositions import decompositions, learn
 from depthc.ir.types import INT, Type
 
 
@@ -78,10 +78,19 @@ def inputs_of(body: Body) -> list[Input]:
 def trace_function(run: Callable[..., list[Any]], given: Sequence[Any]) -> fx.GraphModule:
     """A function of fake tensors and symbolic numbers as a graph of ops that MLIR knows."""
     with torch.no_grad(), traceback.preserve_node_meta():
-        table = decompositions()
-        made = make_fx(run, decomposition_table=table, pre_dispatch=True, _allow_non_fake_inputs=True)(*given)
+        made = traced_again(
+            lambda table: make_fx(run, decomposition_table=table, pre_dispatch=True, _allow_non_fake_inputs=True)(*given)
+        )
     made.graph.eliminate_dead_code()
     return made
+
+
+def traced_again(make: Callable[[dict[Any, Any]], fx.GraphModule]) -> fx.GraphModule:
+    """What `make` traces with a table of decompositions, made again until no op is left that is to be decomposed."""
+    while True:
+        made = make(decompositions())
+        if not learn(made.graph):
+            return made
 
 
 def examples(inputs: Sequence[Input], mode: FakeTensorMode, known: Sizes) -> list[Any]:
