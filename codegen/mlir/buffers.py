@@ -59,4 +59,8 @@ def _tensor(found: Any, dtype: torch.dtype) -> Tensor:
         return torch.empty(sizes, dtype=dtype)
     extent = found.offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
     raw = (ctypes.c_uint8 * (extent * dtype.itemsize)).from_address(found.aligned)
-    return torch.frombuffer(raw, dtype=dtype).as_strided(sizes, strides, found.offset).clone(memory_format=torch.contiguous_format)
+    return (
+        torch.frombuffer(raw, dtype=dtype)
+        .as_strided(sizes, strides, found.offset)
+        .clone(memory_format=torch.contiguous_format)
+    )

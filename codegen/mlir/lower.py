@@ -18,6 +18,7 @@ from depthc.codegen.mlir.routed import Routed
 from depthc.ir import sizes
 from depthc.ir.errors import MlirError
 from depthc.ir.evaluate import indexed
+from depthc.ir.mlir.emit import labels_of
 from depthc.ir.mlir.rules import count_of, texts
 from depthc.ir.mlir.types import TensorType
 from depthc.ir.program import Program
@@ -87,6 +88,8 @@ class Lowering:
         self.declared = {op.attributes["sym_name"].value: op for op in ops if op.name == "depth.param"}
         self.functions = {op.attributes["sym_name"].value: op for op in ops if op.name == "func.func"}
         self.main = next(f for f in self.functions.values() if "sym_visibility" not in f.attributes)
+        bodies = labels_of(program)[1]
+        self.blocks = {f.label: program.blocks[f.name] for f in bodies.values() if f.kind == "block"}
         self.target, self.params, self.entry = ir.Module.create(), dict[str, Any](), None
         self.routed = Routed(self)
 
@@ -94,13 +97,17 @@ class Lowering:
         """The bodies in linalg, and the entry that calls them."""
         from torch_mlir.dialects import func
 
-        inputs, outputs = self.main.attributes["function_type"].value.inputs, self.main.attributes["function_type"].value.results
+        inputs, outputs = (
+            self.main.attributes["function_type"].value.inputs,
+            self.main.attributes["function_type"].value.results,
+        )
         results = [TensorType.read(type) for type in outputs]
         if None in results:
             raise MlirError("an output is a number", expected="tensors as outputs", remedy="evaluate the program")
         for name, function in self.functions.items():
             if function != self.main:
-                self.add(function.clone())
+                self.target.body.append(function.clone())
+                self.publish(list(self.target.body.operations)[-1])
         home = self.ir.Module.create()
         with self.ir.InsertionPoint(home.body):
             self.entry = func.FuncOp(ENTRY, ([self.type(t) for t in inputs], [self.type(t) for t in outputs]))
@@ -118,10 +125,9 @@ class Lowering:
         self.target.operation.verify()
         return Lowered(self.target, tuple(self.params), tuple(r for r in results if r))
 
-    def add(self, function: Any) -> None:
-        """A function of the torch dialect to be called; public, so that no pass drops it before the call is there."""
+    def publish(self, function: Any) -> None:
+        """Let a function stand alone: passes drop private ones before their call is there."""
         del function.attributes["sym_visibility"]
-        self.target.body.append(function)
 
     # values
 
@@ -192,15 +198,19 @@ class Lowering:
 
     def bind(self, op: Any, values: list[Any], scope: Scope) -> None:
         """The values of an op's result, if it has one."""
-        scope.values |= {result: values for result in op.results}
+        scope.values |= dict.fromkeys(op.results, values)
 
     def apply(self, op: Any, scope: Scope, indices: Indices) -> list[Any]:
         """A call or segment on all tokens."""
-        if any(plan != "fresh" for plan in texts(op, "kv")):
-            raise no_native(op, "calls whose keys and values follow a plan", ", ".join(texts(op, "kv")))
+        self.refuse_plans(op)
         params = [self.param(text, indices) for text in texts(op, "params")]
         function = self.functions[op.attributes["callee"].value]
         return self.call(function, [*scope.read(op.operands), *params, *self.consts(op)])
+
+    def refuse_plans(self, op: Any) -> None:
+        """Check that a call makes its keys and values itself."""
+        if any(plan != "fresh" for plan in texts(op, "kv")):
+            raise no_native(op, "calls whose keys and values follow a plan", ", ".join(texts(op, "kv")))
 
     def consts(self, op: Any) -> list[Any]:
         """The constants that a call binds."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from depthc.codegen.mlir.buffers import Results, descriptor
@@ -14,6 +13,7 @@ from depthc.codegen.mlir.passes import to_llvm
 from depthc.ir.errors import MlirError
 from depthc.ir.evaluate import WeightParams
 from depthc.ir.mlir import module_of
+from depthc.ir.mlir.types import dtype_of
 from depthc.ir.program import Program
 
 
@@ -53,7 +53,7 @@ class Native:
         self._call = self._engine.lookup(ENTRY)
         self._fixed = [descriptor(p) for p in self._params]
         self._outputs = [name for name in self.signature.outputs if isinstance(name, str)]
-        self._types = [(len(type.shape), _dtype(type.dtype)) for type in lowered.results]
+        self._types = [(len(type.shape), dtype_of(type.dtype)) for type in lowered.results]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it.
@@ -79,9 +79,3 @@ class Native:
             packed[number] = ctypes.cast(ctypes.pointer(pointer), ctypes.c_void_p)
         self._call(ctypes.cast(packed, ctypes.c_void_p))
         return results.tensors([*given, *self._params])
-
-
-def _dtype(text: str) -> torch.dtype:
-    from torch_mlir.extras.fx_importer import TORCH_DTYPE_TO_MLIR_TYPE_ASM as known
-
-    return next(dtype for dtype, name in known.items() if name == text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -43,7 +43,7 @@ def shapes_of(body: Body) -> dict[fx.Node, Any]:
 
 def _shapes_at(body: Body, names: Sequence[str], hints: Sequence[int]) -> dict[fx.Node, Any]:
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    known = size_symbols(names, mode, hints)
+    known = size_symbols(dict(zip(names, hints, strict=False)), mode)
     with (
         mode,
         enable_python_dispatcher(),  # composite ops decompose by their Python forms, which take symbols
@@ -54,14 +54,11 @@ def _shapes_at(body: Body, names: Sequence[str], hints: Sequence[int]) -> dict[f
     return {node: _shape(value, renamed) for node, value in values.items()}
 
 
-def size_symbols(names: Sequence[str], mode: FakeTensorMode, hints: Sequence[int] = PRIMES[0]) -> dict[str, Any]:
-    """A symbolic integer for every name; ops that must decide take it to be the hint.
-
-    Not under the mode itself, where the ruler would be a fake already.
-    """
-    ruler = torch.empty(hints[: len(names)], device="meta")
-    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))  # type: ignore[var-annotated]
-    return dict(zip(names, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
+def size_symbols(hints: Mapping[str, int], mode: FakeTensorMode) -> dict[str, Any]:
+    """A symbolic integer for every name. Not under the mode itself, where the ruler would be a fake already."""
+    ruler = torch.empty(tuple(hints.values()), device="meta")
+    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(hints))  # type: ignore[var-annotated]
+    return dict(zip(hints, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
 
 
 def _propagate(body: Body, known: dict[str, Any]) -> dict[fx.Node, Any]:

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 aten = torch.ops.aten
 
@@ -76,13 +76,31 @@ def unflatten(x: Tensor, dim: int, sizes: list[Any]) -> Tensor:
     return x.reshape([*x.shape[:dim], *sizes, *x.shape[dim + 1 :]])
 
 
+def index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
+    """Several indices as one into their dimensions flattened: torch-mlir broadcasts no two of unknown size."""
+    given = [d for d, i in enumerate(indices) if i is not None]
+    integers = all(i is None or i.dtype in (torch.int64, torch.int32) for i in indices)
+    if len(given) < 2 or given[-1] - given[0] >= len(given) or not integers:
+        return NotImplemented
+    first, last = given[0], given[-1]
+    flat: Any = 0
+    for d in given:
+        here = indices[d]
+        flat = flat * x.shape[d] + torch.where(here < 0, here + x.shape[d], here)  # type: ignore[operator, arg-type]
+    shape = [*x.shape[:first], prod(x.shape[first : last + 1]), *x.shape[last + 1 :]]
+    return aten.index.Tensor(x.reshape(shape), [*[None] * first, flat])
+
+
 REPLACED: Mapping[Any, Decomposition] = {
     aten.scaled_dot_product_attention.default: attention,
     aten.reshape.default: reshape,
     aten.view.default: lambda x, shape: x.reshape(shape),
     aten._unsafe_view.default: lambda x, shape: x.reshape(shape),
+    aten.index.Tensor: index,
     aten.flatten.using_ints: flatten,
     aten.unflatten.int: unflatten,
+    # It becomes a sort that leaves equal elements in their order anyway.
+    aten.sort.stable: lambda x, *, stable=True, dim=-1, descending=False: aten.sort.default(x, dim, descending),
     # Their way to linalg ends at booleans.
     aten.__and__.Tensor: torch.bitwise_and,
     aten.__or__.Tensor: torch.bitwise_or,
@@ -92,15 +110,31 @@ REPLACED: Mapping[Any, Decomposition] = {
 
 @lru_cache(maxsize=1)
 def decompositions() -> dict[Any, Decomposition]:
-    """What stands for ops, by op."""
+    """What stands for ops, by op; `learn` adds to it."""
     from torch._decomp import core_aten_decompositions
 
+    known = {op: made for op, made in core_aten_decompositions().items() if not _in_dialect(op)}
+    return known | dict(REPLACED)
+
+
+def learn(graph: fx.Graph) -> bool:
+    """Add the composite ops of a graph that the torch dialect has not; whether there are any: then trace again."""
+    table, found = decompositions(), {n.target for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    new = {op: op.decompose for op in found - table.keys() if not _in_dialect(op) and _is_composite(op)}
+    table.update(new)
+    return bool(new)
+
+
+def _in_dialect(op: Any) -> bool:
+    return bool(_context().is_registered_operation(f"torch.{str(op).removesuffix('.default')}"))
+
+
+def _is_composite(op: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+
+
+@lru_cache(maxsize=1)
+def _context() -> Any:
     from depthc.ir.mlir.context import new_context
 
-    context = new_context()
-    known = {
-        op: made
-        for op, made in core_aten_decompositions().items()
-        if not context.is_registered_operation(f"torch.{str(op).removesuffix('.default')}")
-    }
-    return known | dict(REPLACED)
+    return new_context()

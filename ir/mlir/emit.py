@@ -9,17 +9,17 @@ from depthc.ir.errors import MlirError
 from depthc.ir.liveness import read_first, writes_of
 from depthc.ir.mlir.context import new_context, verify_module
 from depthc.ir.mlir.functions import Functions
-from depthc.ir.mlir.types import TensorType, tuple_text, type_text
+from depthc.ir.mlir.trace import Sizes
+from depthc.ir.mlir.types import ROW_DIMS, TensorType, tuple_text, type_text
 from depthc.ir.names import Names
 from depthc.ir.params import Param
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.regions import row_names
 from depthc.ir.signature import Signature
-from depthc.ir.text.functions import collect, function_key
+from depthc.ir.text.functions import Function, collect, function_key
 from depthc.ir.text.printer import expr_text
 
 Values = dict[str, Any]
-ROW_DIMS = (0, 1)  # batch and tokens of a stream: what a region on a set changes
 
 
 def emit(program: Program, context: Any = None) -> Any:
@@ -40,6 +40,13 @@ def emit(program: Program, context: Any = None) -> Any:
     return module
 
 
+def labels_of(program: Program) -> tuple[str, dict[tuple[str, Any], Function]]:
+    """The name of a program's public function, and its bodies with those of the private ones (`label`)."""
+    names = Names()
+    entry = names.new(program.name)
+    return entry, collect(program, names.taken)
+
+
 class Emitter:
     """Writes the ops of a program into a module."""
 
@@ -47,9 +54,7 @@ class Emitter:
         from torch_mlir import ir
 
         self.ir, self.program, self.module = ir, program, module
-        names = Names()
-        self.entry = names.new(program.name)
-        self.bodies = collect(program, names.taken)
+        self.entry, self.bodies = labels_of(program)
         self.results: dict[str, list[Any]] = {}
         self.inside = False  # of an `on` region
 
@@ -58,12 +63,13 @@ class Emitter:
         with self.ir.InsertionPoint(self.module.body):
             for name, param in self.program.params.items():
                 self._param(name, param)
-        functions = Functions(self.module)
+        signature = self.program.signature
+        functions = Functions(self.module, Sizes(signature.ranges, signature.guards))
         for function in self.bodies.values():
             made = functions.add_body(function.body, function.label)
             self.results[function.label] = list(made.attributes["function_type"].value.results)
         with self.ir.InsertionPoint(self.module.body):
-            self._main(self.program.signature)
+            self._main(signature)
 
     def _param(self, name: str, param: Param) -> None:
         attributes = {"sym_name": name, "type": self.ir.Type.parse(type_text(param.type)), "kind": param.kind}

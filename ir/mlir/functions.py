@@ -8,15 +8,16 @@ from torch import fx
 
 from depthc.ir.body import Body
 from depthc.ir.errors import MlirError
-from depthc.ir.mlir.trace import trace
+from depthc.ir.mlir.trace import Sizes, trace
 
 
 class Functions:
     """Imports graphs into a module, each as one private function."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, sizes: Sizes = Sizes()) -> None:
         from torch_mlir.extras.fx_importer import FxImporter
 
+        self._sizes = sizes
         self._importer = FxImporter(module=module)
 
     def add_body(self, body: Body, name: str) -> Any:
@@ -25,7 +26,7 @@ class Functions:
         Raises:
             MlirError: an op has no MLIR form; names the op, the body and the line of the model's source.
         """
-        return self.add(trace(body, name), name)
+        return self.add(trace(body, name, self._sizes), name)
 
     def add(self, made: fx.GraphModule, name: str) -> Any:
         """A traced graph as the function `name`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,14 +17,42 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from depthc.ir import sizes
 from depthc.ir.body import Body, Input
+from depthc.ir.axes.probe import PRIMES
 from depthc.ir.cost.shapes import size_symbols
 from depthc.ir.errors import MlirError
 from depthc.ir.graph.size_nodes import source_of
-from depthc.ir.mlir.decompositions import decompositions
+from depthc.ir.mlir.decompositions import decompositions, learn
 from depthc.ir.types import INT, Type
 
 
-def trace(body: Body, name: str) -> fx.GraphModule:
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of the size names of a program: the smallest and largest legal value, and further conditions."""
+
+    ranges: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    guards: tuple[str, ...] = ()
+
+    def hints(self, names: Sequence[str]) -> dict[str, int]:
+        """A legal size for every name, by which ops decide while a body is traced: large, and different ones."""
+        bases = dict(zip(names, PRIMES[0], strict=False))
+        for scale in (1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 12, 24, 48, 96, 10, 20, 60, 120, 840):
+            found = {name: self._below(name, base, scale) for name, base in bases.items()}
+            if all(self._met(guard, found) for guard in self.guards):
+                return found
+        return bases
+
+    def _below(self, name: str, base: int, scale: int) -> int:
+        """A multiple of a scale that is legal: the base times it, or what the range allows."""
+        low, high = self.ranges.get(name, (0, None))
+        return base * scale if high is None or base * scale <= high else max(low, high - high % scale)
+
+    @staticmethod
+    def _met(guard: str, found: Mapping[str, int]) -> bool:
+        known = sizes.names(sizes.read(guard)) <= found.keys()
+        return not known or bool(sizes.evaluate(guard, found))
+
+
+def trace(body: Body, name: str, known: Sizes = Sizes()) -> fx.GraphModule:
     """A body as a graph of its values, parameters and constants, in this order; evaluated, not trained, on the CPU.
 
     Raises:
@@ -37,7 +66,7 @@ def trace(body: Body, name: str) -> fx.GraphModule:
         return _interpret(body, [values[i.kind, i.name] for i in body.inputs], name)
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    given = examples(inputs, mode)
+    given = examples(inputs, mode, known)
     with mode:
         return trace_function(run, given)
 
@@ -50,22 +79,31 @@ def inputs_of(body: Body) -> list[Input]:
 def trace_function(run: Callable[..., list[Any]], given: Sequence[Any]) -> fx.GraphModule:
     """A function of fake tensors and symbolic numbers as a graph of ops that MLIR knows."""
     with torch.no_grad(), traceback.preserve_node_meta():
-        table = decompositions()
-        made = make_fx(run, decomposition_table=table, pre_dispatch=True, _allow_non_fake_inputs=True)(*given)
+        made = traced_again(
+            lambda table: make_fx(run, decomposition_table=table, pre_dispatch=True, _allow_non_fake_inputs=True)(*given)
+        )
     made.graph.eliminate_dead_code()
     return made
 
 
-def examples(inputs: Sequence[Input], mode: FakeTensorMode) -> list[Any]:
+def traced_again(make: Callable[[dict[Any, Any]], fx.GraphModule]) -> fx.GraphModule:
+    """What `make` traces with a table of decompositions, made again until no op is left that is to be decomposed."""
+    while True:
+        made = make(decompositions())
+        if not learn(made.graph):
+            return made
+
+
+def examples(inputs: Sequence[Input], mode: FakeTensorMode, known: Sizes) -> list[Any]:
     """Fake inputs of symbolic sizes; numbers are symbols as well."""
     names = sorted({n for i in inputs if isinstance(i.type, Type) for n in i.type.size_names()})
     numbers = [f"{i.name} {n}" for n, i in enumerate(inputs) if i.type == INT]
-    known = size_symbols([*names, *numbers], mode)
+    symbols = size_symbols(known.hints(names) | dict.fromkeys(numbers, 7), mode)
 
     def example(number: int, given: Input) -> Any:
         if isinstance(given.type, Type):
-            return torch.empty([sizes.evaluate(s, known) for s in given.type.shape], dtype=given.type.dtype)
-        return known[f"{given.name} {number}"] if given.type == INT else _number(f"{given.name}_{number}", mode)
+            return torch.empty([sizes.evaluate(s, symbols) for s in given.type.shape], dtype=given.type.dtype)
+        return symbols[f"{given.name} {number}"] if given.type == INT else _number(f"{given.name}_{number}", mode)
 
     with mode:
         return [example(number, given) for number, given in enumerate(inputs)]

@@ -12,6 +12,7 @@ import torch
 from depthc.ir.errors import MlirError
 from depthc.ir.types import Scalar, ValueType
 
+ROW_DIMS = (0, 1)  # batch and tokens of a stream: what a region on a set changes
 _TENSOR = re.compile(r"!torch\.vtensor<\[(?P<shape>[\d?,]*)\],(?P<dtype>[^,>]+(?:<[^>]*>)?)>")
 _SCALARS = {"int": "!torch.int", "float": "!torch.float"}
 
@@ -124,3 +125,10 @@ def dtype_text(dtype: torch.dtype) -> str:
     if dtype not in known:
         raise MlirError(f"MLIR's torch dialect has no dtype {dtype}", expected=", ".join(map(str, known)))
     return str(known[dtype])
+
+
+def dtype_of(text: str) -> torch.dtype:
+    """The dtype that MLIR spells so."""
+    from torch_mlir.extras.fx_importer import TORCH_DTYPE_TO_MLIR_TYPE_ASM as known
+
+    return next(dtype for dtype, name in known.items() if name == text)
