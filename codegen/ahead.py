@@ -31,7 +31,7 @@ class AheadProgram:
     tensors. If one of them needs the gradient of an input, the one compiled function computes it for all.
 
     Args:
-        program: without token sets and key/value plans.
+        program: of one mode, without token sets and key/value plans.
         device: that of its arguments.
         mode: of the examples.
         compile: the compiler of a graph and its examples, as torch.compile calls a backend.
@@ -85,7 +85,7 @@ class AheadProgram:
     def _run(
         self, values: Mapping[str, Tensor], param: Callable[[str], Tensor], run_body: Callable[..., Any]
     ) -> dict[str, Any]:
-        evaluator = Evaluator(self.program, param, self.device, run_body=run_body)
+        evaluator = Evaluator(self.program, param, self.device, self.program.modes[0], run_body)
         return evaluator.run(self.program.body, dict(values), self.program.signature.size_values(values))
 
 

@@ -55,7 +55,9 @@ class DynamoTrace:
 
 
 def trace_dynamo(module: fx.GraphModule) -> DynamoTrace:
-    """The trace of a graph that Dynamo made; it is for one mode, for Dynamo has decided what `training` is.
+    """The trace of a graph that Dynamo made. It is for one mode: training if gradients are on.
+
+    Dropout is as Dynamo found it; the mode says which rule selects tokens.
 
     Raises:
         CaptureError: ops in place, higher-order ops, a change of autocast, numbers that vary and are no sizes.
@@ -101,7 +103,7 @@ class _Lowering:
         for node in self.graph.nodes:
             node.meta["source"] = source_of(node)
         name, where = self._origin()
-        trace = Trace(name, self.graph, signature, self.params, self.weights, (False,), self.names, where)
+        trace = Trace(name, self.graph, signature, self.params, self.weights, (self.trains,), self.names, where)
         return DynamoTrace(trace, inputs, self.fakes, self.mode, self._symbols())
 
     # inputs
@@ -262,7 +264,7 @@ class _Lowering:
         name = f"depth.constants.{len(self.weights)}"
         with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
             made = self.graph.placeholder(f"constant{len(self.weights)}")
-        made.meta |= {"param": name, "val": self.mode.from_tensor(value)}
+        made.meta |= {"param": name, "val": self.mode.from_tensor(value, static_shapes=True)}
         self.params[name], self.weights[name] = Param(tensor_type(value, self.names), "constant"), value
         return made
 
