@@ -86,14 +86,21 @@ def backend(
     recipe = recipe_of(chosen.recipe, {})
     compile = _compiler(chosen.inner, mode)
     try:
-        traced = trace_dynamo(graph)
-        program = assemble(traced.trace, outline(traced.trace))
-        verify(program)
+        return _compiled(graph, inputs, chosen, recipe, compile)
     except DepthError as error:
         if recipe.passes or chosen.weights is not None:
             raise
         log.info("compiled as it is: %s", error.what)
         return compile(graph, inputs)
+
+
+def _compiled(
+    graph: fx.GraphModule, inputs: Sequence[Any], chosen: Options, recipe: Recipe, compile: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The graph by its depth, under a recipe."""
+    traced = trace_dynamo(graph)
+    program = assemble(traced.trace, outline(traced.trace))
+    verify(program)
     if chosen.weights is not None:
         program = _with_weights(program, recipe, chosen, traced, inputs)
     elif recipe.passes:
