@@ -59,7 +59,7 @@ class DepthModule(Checkpointing, nn.Module):
         made: dict[int, Tensor] = {}
         for name, param in program.params.items():
             self._register(name, values(name), param.kind, made)
-        self._bodies = {body.certificate: body for body in _bodies(program)}
+        self._bodies = {body.certificate: body for body in bodies_of(program)}
         functions = {key: function_of(body) for key, body in self._bodies.items()}
         self._functions = dict.fromkeys((False, True), functions)
         self._rows = RowsLowering()
@@ -294,7 +294,7 @@ def lower(
     return kind(program, recipe, history)  # type: ignore[no-any-return]
 
 
-def _bodies(program: Program) -> list[Body]:
+def bodies_of(program: Program) -> list[Body]:
     """Every body of a program, once."""
     ops = [op for item in program.body for op in (_flat(item.ops) if isinstance(item, Stack) else [item])]
     inner = [op.body for op in ops if isinstance(op, Segment)]
