@@ -82,7 +82,7 @@ class Remark:
     text: str
 
 
-Part = Strip | Box | Bracket | Region | Remark | Cell
+Part = Strip | Box | Bracket | Region | Remark
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ class _Reader:
         """Parts of some ops, with layers in a row as strips."""
         marks = {kind: sum(_single(op, kind) for op in ops) > FEW for kind in (Loop, On)}
         glue = sum(kind is Segment for kind, _ in groupby(map(type, filter(self.drawn, ops)))) > FEW
-        scope = replace(scope, sets={**scope.sets, **{op.write: op for op in ops if isinstance(op, Select)}})
-        found: list[Part] = []
+        found: list[Part | Cell] = []
         for number, op in enumerate(ops):
             match op:
                 case Select():
@@ -154,7 +153,7 @@ class _Reader:
         """Whether an op has a part of its own."""
         return not isinstance(op, Select) and id(op) not in self.decisions
 
-    def loop(self, op: Loop, scope: Scope, mark: bool) -> Part:
+    def loop(self, op: Loop, scope: Scope, mark: bool) -> Part | Cell:
         inner = scope.inside(op)
         if mark:
             (cell,) = (self.cell(inside, inner) for inside in op.body if isinstance(inside, Call))
@@ -162,7 +161,7 @@ class _Reader:
         until = f", or until {op.until} in inference" if op.until else ""
         return Bracket(f"{TIMES}{op.count}", f"{op.index} = 0 … {_last(op)}{until}", self.parts(op.body, inner))
 
-    def on(self, op: On, scope: Scope, merge: Merge | None, mark: bool) -> Part:
+    def on(self, op: On, scope: Scope, merge: Merge | None, mark: bool) -> Part | Cell:
         select = scope.sets.get(op.tokens)
         if select is None:
             return Region(f"on the tokens of {op.tokens}", (), self.parts(op.body, scope), _footing(merge))
@@ -239,7 +238,7 @@ def _last(op: Loop) -> str:
     return str(op.count - 1) if isinstance(op.count, int) else f"{op.count} - 1"
 
 
-def _joined(found: Sequence[Part]) -> list[Part]:
+def _joined(found: Sequence[Part | Cell]) -> list[Part]:
     """Cells in a row as one strip, segments in a row as one box."""
     parts: list[Part] = []
     for kind, group in groupby(found, key=lambda part: type(part)):
@@ -250,7 +249,7 @@ def _joined(found: Sequence[Part]) -> list[Part]:
             names = " → ".join(box.name for box in members)  # type: ignore[union-attr]
             parts.append(Box(names, tuple(t for box in members for t in box.tensors)))  # type: ignore[union-attr]
         else:
-            parts += members
+            parts += members  # type: ignore[arg-type]
     return parts
 
 

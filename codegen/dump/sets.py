@@ -162,28 +162,29 @@ class Sets:
     def _new(self, tensors: frozenset[Tensor]) -> ParamSet:
         base = self._nearest(tensors)
         if base is not None:
-            own = self._size({tensor for tensor in tensors if self._homes.get(tensor) != base})
+            own = self._size({t for t in tensors if t not in self._homes or self._homes[t].family != base.family})
             letters = self._variants.setdefault(base.family, iter(ascii_lowercase))
             words = f"{base.label}, but for {own:,} parameters"
             return ParamSet(f"{base.family}{next(letters, '+')}", base.family, words, base.place)
         made = [tensor for tensor in sorted(tensors, key=repr) if tensor[1] is not None]
-        homes = {self._homes.get(origin) for tensor in made or tensors for origin in _origins(tensor)} - {None}
-        sources = sorted(homes, key=lambda one: (one.place or 0.0, one.label))  # type: ignore[union-attr]
-        places = [one.place for one in sources if one is not None and one.place is not None]
+        origins = [origin for tensor in made or tensors for origin in _origins(tensor)]
+        homes = {self._homes[origin] for origin in origins if origin in self._homes}
+        sources = sorted(homes, key=lambda one: (one.place or 0.0, one.label))
+        places = [one.place for one in sources if one.place is not None]
         place = sum(places) / len(places) if places else None
-        words = _made_of({type(expr) for _, expr in made}, [one.label for one in sources if one is not None])
+        words = _made_of({type(expr) for _, expr in made}, [one.label for one in sources])
         label = next(self._letters)
         return ParamSet(label, label, words, place)
 
     def _nearest(self, tensors: frozenset[Tensor]) -> ParamSet | None:
-        """The known set that holds most of the tensors; None where none holds more than half of their numbers."""
-        shares: dict[ParamSet, int] = {}
+        """The set whose family holds most of the tensors; None where none holds more than half of their numbers."""
+        shares: dict[str, int] = {}
         for tensor in tensors:
             if tensor in self._homes:
-                home = self._homes[tensor]
-                shares[home] = shares.get(home, 0) + self._sizes[tensor]
-        best = max(shares, key=lambda s: (shares[s], s.label), default=None)
-        return best if best is not None and shares[best] * 2 > self._size(tensors) else None
+                family = self._homes[tensor].family
+                shares[family] = shares.get(family, 0) + self._sizes[tensor]
+        best = max(shares, key=lambda family: (shares[family], family), default=None)
+        return self._named(best) if best is not None and shares[best] * 2 > self._size(tensors) else None
 
 
 def applications(

@@ -52,10 +52,11 @@ class _Tower:
             return
         stored = [len(set(labels)) for labels in (self.before, self.after)]
         loops = [part for part in self.part.parts if isinstance(part, Bracket)]
+        plain = len(loops) == 1 and not any(_loops(loop.parts) for loop in loops)
         if stored[0] == stored[1] and list(self.before) == list(self.after):
             rolled = ", and what repeats is written as a loop" if loops else ""
             yield f"The {counted(len(self.before), 'layer')} keep their parameters and their order{rolled}."
-        elif len(loops) == 1:
+        elif plain:
             yield f"{counted(stored[0], 'layer')} became {stored[1]}: {self._grouped(loops[0])}."
             yield from self._begin(loops[0])
         else:
@@ -77,10 +78,16 @@ class _Tower:
         stays += [f"the last {last if last > 1 else ''}".strip()] if last else []
         if not stays:
             return group
+        if self._outer(self.after, first, last) != self._outer(self.before, first, last):
+            return f"{group}, with {counted(first, 'layer')} before it and {last} behind"
         verb = "stays" if first + last == 1 else "stay"
         between = len(self.before) - first - last
         place = f"in place of the {between} in between" if first and last else f"in place of the other {between}"
         return f"{listed(stays)} {verb}, and {place} {group}"
+
+    @staticmethod
+    def _outer(labels: Sequence[str], first: int, last: int) -> list[str]:
+        return [*labels[:first], *labels[len(labels) - last :]]
 
     def _begin(self, loop: Bracket) -> Iterator[str]:
         labels = [cell.label.rstrip("*") for cell in _cells(loop.parts)]
@@ -107,6 +114,13 @@ def _cells(parts: Sequence[Part]) -> Iterator[Cell]:
             yield from (cell for cell in part.cells if cell.label)
         elif isinstance(part, Bracket | Region):
             yield from _cells(part.parts)
+
+
+def _loops(parts: Sequence[Part]) -> bool:
+    """Whether something in the parts runs several times."""
+    inside = [part.parts for part in parts if isinstance(part, Region)]
+    here = any(isinstance(part, Bracket) for part in parts) or any(cell.times for cell in _cells(parts))
+    return here or any(map(_loops, inside))
 
 
 def _regions(parts: Sequence[Part], looped: bool = False) -> Iterator[tuple[Region, bool]]:

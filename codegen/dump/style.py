@@ -18,6 +18,7 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 77rem; background: 
 h1 { margin: 0; font-size: 1.375rem; line-height: 1.25; overflow-wrap: anywhere; }
 h2 { margin: 2.25rem 0 0.75rem; font-size: 1.0625rem; }
 h3 { margin: 0 0 0.5rem; font-size: 0.9375rem; }
+h2 ~ section + section { margin-top: 1.75rem; }
 p { margin: 0.5rem 0; max-width: 50rem; }
 p.lead { font-size: 1.0625rem; }
 code, pre, .mono { font: 0.8125rem/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }

@@ -40,7 +40,7 @@ class Scope:
 
     def inside(self, loop: Loop) -> Scope:
         """The scope of a loop's body."""
-        return replace(self, loops=(*self.loops, loop), sets=dict(self.sets), makers=dict(self.makers))
+        return replace(self, loops=(*self.loops, loop))
 
 
 def short(number: float, unit: str = "") -> str:
@@ -103,7 +103,7 @@ def chosen(select: Select, scope: Scope) -> str:
         'all tokens in pass 1, then the best 1/2 of all by s'
     """
     name, _, _, warmup = parse_rule(select.rule)
-    carried = _carried(select.among, scope)
+    carried = _carried(select, scope)
     said = _rule(select.rule, select.score, scope, "of them" if carried and select.of is None else "of all")
     said += " of every document" if select.within else ""
     said += f" by {scope.makers.get(select.score, select.score)}" if select.score and name == "topk" else ""
@@ -186,11 +186,12 @@ def _float(number: float | str) -> float | str:
     return number if isinstance(number, str) else float(number)
 
 
-def _carried(name: str | None, scope: Scope) -> bool:
-    """Whether a set is handed from pass to pass of the innermost loop."""
-    if name is None or not scope.loops:
-        return False
-    return any(isinstance(op, Select) and op.write == name for op in scope.loops[-1].body)
+def _carried(select: Select, scope: Scope) -> bool:
+    """Whether the candidates of a selection are those that the pass before has handed on."""
+    body = scope.loops[-1].body if scope.loops else ()
+    here = next((place for place, op in enumerate(body) if op is select), 0)
+    writers = [place for place, op in enumerate(body) if isinstance(op, Select) and op.write == select.among]
+    return bool(writers) and writers[0] >= here
 
 
 def planned(plans: Sequence[Kv]) -> str:
