@@ -33,6 +33,7 @@ from depthc.passes.recipes import recipe_of
 from depthc.passes.stages import Stage, stages_of
 
 GOLDEN = Path(__file__).parent / "golden" / "report_mor.svg"
+MEAN = " + mean.dim(memory, [1], True)"
 BLOCK = """\
 @block
 def {name}(h: f32[b, {size}, 8]{sides}):
@@ -84,7 +85,7 @@ def bridge(h: f32[b, s, 8], decoder_ids: i64[b, t]):
     w.embed.weight: f32[10, 8]
     return h, embedding(w.embed.weight, decoder_ids)
 
-{BLOCK.format(name="upper", size="t", sides=", memory: f32[b, s, 8]", plus=" + mean.dim(memory, [1], True)", causal=True)}
+{BLOCK.format(name="upper", size="t", sides=", memory: f32[b, s, 8]", plus=MEAN, causal=True)}
 @segment
 def head(h: f32[b, t, 8]):
     w.embed.weight: f32[10, 8]
@@ -206,7 +207,7 @@ class Page(HTMLParser):
 
 
 def tensors(source: Program, call: Call, loops: Mapping[str, Any]) -> tuple[frozenset[str], ...]:
-    """What a call reads in each pass: the weights, or the parameters that are made of others; once if always the same."""
+    """What a call reads in each pass: weights, or parameters made of others; once if always the same."""
     found = []
     for n in range(min(loops.values(), default=1)):
         exprs = {name: source.params[name].expr for name in (indexed(p, dict.fromkeys(loops, n)) for p in call.params)}
@@ -328,7 +329,7 @@ STORIES = {
     " then the best 2/3, then 1/3 of all by router among those of the pass before; the others stay as they are.",
     "mod": "The 8 layers keep their parameters and their order. 4 of the layers run only on the best 1/8 of the tokens"
     " by router (in inference: the tokens with a score above 0 by router); there, other tokens stay as they are.",
-    "towers": "In encoder: All 2 layers stay as they are. In decoder: 4 layers became 2: one group of 2 layers runs 2"
+    "towers": "In encoder: all 2 layers stay as they are. In decoder: 4 layers became 2: one group of 2 layers runs 2"
     " times. They begin as layers d0 and d3.",
 }
 

@@ -28,8 +28,8 @@ def story(before: Program, after: Program, sets: Sets) -> str:
     said = []
     for old, new, tower in zip(before.stacks, after.stacks, towers, strict=False):
         labels = [_labels(program, stack, sets) for program, stack in ((before, old), (after, new))]
-        where = f"In {new.name}: " if len(towers) > 1 else ""
-        said.append(where + " ".join(_Tower(labels[0], labels[1], tower, old == new).sentences()))
+        text = " ".join(_Tower(labels[0], labels[1], tower, old == new).sentences())
+        said.append(f"In {new.name}: {text[0].lower()}{text[1:]}" if len(towers) > 1 else text)
     return " ".join(said) or "The program has no layers."
 
 
