@@ -30,8 +30,9 @@ def picture(program: Program, sets: Sets, name: str) -> str:
 
     Example:
         >>> import torch, depthc
+        >>> from depthc.passes.tie import Tie
         >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
-        >>> after = depthc.compile(model, "tie", args=(torch.ones(2, 5, 4),)).program
+        >>> after = Tie().apply(depthc.capture(model, (torch.ones(2, 5, 4),)))
         >>> svg = picture(after, Sets(after, after), "after")
         >>> svg.startswith("<svg ") and "<desc" in svg and "×2" in svg
         True

@@ -42,13 +42,16 @@ class ParamSet:
 
 
 class Sets:
-    """Labels the parameter sets of two programs.
+    """Labels the parameter sets of two programs, as they were before and after passes.
+
+    A settled program (`compiled.program`) no longer says what its values are made of: take the stages of a history.
 
     Example:
         >>> import torch, depthc
+        >>> from depthc.passes.tie import Tie
         >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
-        >>> args = (torch.ones(2, 5, 4),)
-        >>> before, after = (depthc.compile(model, recipe, args=args).program for recipe in ("identity", "tie"))
+        >>> before = depthc.capture(model, (torch.ones(2, 5, 4),))
+        >>> after = Tie().apply(before)
         >>> sets = Sets(before, after)
         >>> [sets.of_call(after, call, [indices]).label for call, indices in applications(after.stacks[0].ops)]
         ['0', '3', '0', '3']

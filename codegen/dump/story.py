@@ -18,9 +18,10 @@ def story(before: Program, after: Program, sets: Sets) -> str:
 
     Example:
         >>> import torch, depthc
+        >>> from depthc.passes.tie import Tie
         >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(6)])
-        >>> args = (torch.ones(2, 5, 4),)
-        >>> before, after = (depthc.compile(model, recipe, args=args).program for recipe in ("identity", "tie"))
+        >>> before = depthc.capture(model, (torch.ones(2, 5, 4),))
+        >>> after = Tie().apply(before)
         >>> story(before, after, Sets(before, after))
         '6 layers became 3: one group of 3 layers runs 2 times. They begin as layers 0, 2 and 5.'
     """
