@@ -78,6 +78,7 @@ def test_show(capsys: pytest.CaptureFixture[str], factory: str) -> None:
     assert "'dot' is none of" in said(capsys, "show", factory, "--form", "dot", status=2)
 
 
+@pytest.mark.slow
 def test_explain(capsys: pytest.CaptureFixture[str], factory: str, config: str, tmp_path: Path) -> None:
     assert "layers stored" in said(capsys, "explain", factory, "tie")
     found = json.loads(said(capsys, "explain", config, "tie", "--size", "s=64", "--json"))
@@ -89,6 +90,7 @@ def test_explain(capsys: pytest.CaptureFixture[str], factory: str, config: str, 
     assert (tmp_path / "dumped" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_compile_and_what_it_saved(capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path) -> None:
     out = str(tmp_path / "saved")
     found = json.loads(said(capsys, "compile", config, "tie", "--out", out, "--dump", str(tmp_path / "d"), "--json"))
@@ -108,6 +110,7 @@ def test_bisect(capsys: pytest.CaptureFixture[str], factory: str) -> None:
     assert (found["first"], found["differences"][0]["largest"]) == (None, 0.0)
 
 
+@pytest.mark.slow
 def test_zoo(capsys: pytest.CaptureFixture[str], factory: str, config: str) -> None:
     found = json.loads(said(capsys, "zoo", factory, config, "nowhere", "-r", "tie", "-r", "tie(loops=4)", "--json"))
     assert found[factory]["tie"] == found[config]["tie"] == found[config]["tie(loops=4)"] == "legal"

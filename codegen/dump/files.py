@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 from depthc.codegen.dump.report import report_html
 from depthc.codegen.python.text import python_text
-from depthc.codegen.python.state import state_map
+from depthc.codegen.state_map import state_map
 from depthc.ir.errors import DepthError, DumpError
+from depthc.ir.program import Program
 from depthc.passes.stages import Stage
 
 REPORT = "report.html"
@@ -43,7 +45,7 @@ def dump_of(stages: Sequence[Stage], title: str, error: DepthError | None = None
     """
     dump = Dump()
     for stage in stages:
-        for suffix, text in _writers(stage).items():
+        for suffix, text in texts_of(stage, stages[0].program).items():
             name = f"{stage.name}.{suffix}"
             try:
                 dump.files[name] = text()
@@ -55,14 +57,22 @@ def dump_of(stages: Sequence[Stage], title: str, error: DepthError | None = None
     return dump
 
 
-def _writers(stage: Stage) -> Mapping[str, Callable[[], str]]:
+def texts_of(stage: Stage, captured: Program) -> Mapping[str, Callable[[], str]]:
+    """What makes the files of a stage, by suffix."""
     program = stage.program
     return {
         "depth": lambda: f"{program}\n",
         "py": lambda: python_text(program, f"{program.name} after {stage.number}. {stage.title}"),
         "mlir": program.mlir,
-        "json": lambda: json.dumps(state_map(program), indent=1) + "\n",
+        "json": lambda: _lines(state_map(program, captured)),
     }
+
+
+def _lines(found: Mapping[str, Any]) -> str:
+    """A state map as JSON with a line a parameter."""
+    rows = (f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in found["parameters"].items())
+    head, tail = ",\n".join(rows), json.dumps(found["unread"])
+    return f'{{\n "parameters": {{\n{head}\n }},\n "unread": {tail}\n}}\n'
 
 
 def write(dump: Dump, folder: str | Path) -> Path:
