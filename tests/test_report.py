@@ -117,6 +117,7 @@ RECIPES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "mor_token": (8, "mor_token", {}),
     "mod": (8, "mod", {}),
     "one routed layer": (4, "mod", {"layers": (2,)}),
+    "two routed layers": (4, "mod", {"layers": (1, 2)}),
     "keep": (4, "keep(capacities=(1.0, 0.75, 0.5, 0.25))", {}),
     "80 layers": (80, "mor", {}),
 }
@@ -329,6 +330,10 @@ STORIES = {
     " then the best 2/3, then 1/3 of all by router among those of the pass before; the others stay as they are.",
     "mod": "The 8 layers keep their parameters and their order. 4 of the layers run only on the best 1/8 of the tokens"
     " by router (in inference: the tokens with a score above 0 by router); there, other tokens stay as they are.",
+    "one routed layer": "The 4 layers keep their parameters and their order. Not every token takes part: layer 2 runs"
+    " on the best 1/8 of the tokens by router; the others stay as they are.",
+    "two routed layers": "The 4 layers keep their parameters and their order. Not every token takes part: layers 1 and"
+    " 2 run on the best 1/8 of the tokens by router; the others stay as they are.",
     "towers": "In encoder: all 2 layers stay as they are. In decoder: 4 layers became 2: one group of 2 layers runs 2"
     " times. They begin as layers d0 and d3.",
 }

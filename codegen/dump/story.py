@@ -96,10 +96,14 @@ class _Tower:
             yield f"{'They begin as layers' if len(labels) > 1 else 'It begins as layer'} {listed(labels)}."
 
     def _routes(self) -> Iterator[str]:
+        found: dict[tuple[str, bool], list[str]] = {}
         for region, looped in _regions(self.part.parts):
-            labels = [cell.label for cell in _cells(region.parts)]
-            who = "the group runs" if looped else f"layer {labels[0]} runs" if len(labels) == 1 else "some layers run"
-            yield f"Not every token takes part: {who} {region.heading}; the others stay as they are."
+            found.setdefault((region.heading, looped), []).extend(cell.label for cell in _cells(region.parts))
+        for (heading, looped), labels in found.items():
+            layers = list(dict.fromkeys(labels))
+            who = f"layer {layers[0]} runs" if len(layers) == 1 else f"layers {listed(layers)} run"
+            who = "the group runs" if looped else who
+            yield f"Not every token takes part: {who} {heading}; the others stay as they are."
         routed = [cell for cell in _cells(self.part.parts) if cell.rule]
         rules = dict.fromkeys(cell.only for cell in routed)
         if len(rules) == 1:
