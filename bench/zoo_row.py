@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import zoo_checks
+import zoo_mlir
 import zoo_recipes
 from architectures import ZOO, Architecture
 from compare import cut, difference, gradients, rows_difference, without_cache
@@ -178,6 +179,7 @@ CHECKS: dict[str, Check] = {
     "train": Check(lambda case: identity(case, training=True), 1e-6),
     "text": Check(text),
     "lines": Check(lines),
+    "mlir": Check(layer_check(zoo_mlir.mlir)),
     "mor": Check(layer_check(zoo_recipes.mor)),
     "mor_token": Check(layer_check(zoo_recipes.mor_token)),
     "mod": Check(layer_check(zoo_recipes.mod)),

@@ -21,6 +21,7 @@ PROGRAM = {
     "train": "identity, train",
     "text": "parse(print)",
     "lines": "lines",
+    "mlir": "MLIR modules",
 }
 RECIPES = {
     "mor": "MoR (`mor`), one step",

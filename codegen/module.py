@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from depthc.ir.settle import settle
 from depthc.ir.signature import device_of
 from depthc.passes.pipeline import Step
 from depthc.passes.recipe import Recipe
+from depthc.passes.stages import stages_of
 
 _RESERVED = ("program", "recipe", "history", "add_losses", "selection")
 
@@ -57,7 +59,7 @@ class DepthModule(Checkpointing, nn.Module):
         made: dict[int, Tensor] = {}
         for name, param in program.params.items():
             self._register(name, values(name), param.kind, made)
-        self._bodies = {body.certificate: body for body in _bodies(program)}
+        self._bodies = {body.certificate: body for body in bodies_of(program)}
         functions = {key: function_of(body) for key, body in self._bodies.items()}
         self._functions = dict.fromkeys((False, True), functions)
         self._rows = RowsLowering()
@@ -135,6 +137,17 @@ class DepthModule(Checkpointing, nn.Module):
         if STEP in self._owners:
             self.parameter_of(STEP).fill_(step)
             self._read_step()
+
+    def dump(self, folder: str | Path) -> Path:
+        """Write what the recipe did into a folder, a few files for every pass and `report.html`; returns the folder.
+
+        Raises:
+            DumpError: the folder cannot be written; nothing is left half-written.
+        """
+        from depthc.codegen.dump.files import dump_of, write
+
+        stages = stages_of(self.program, self.history)
+        return write(dump_of(stages, str(self.recipe)), folder)
 
     def _read_step(self) -> None:
         """The stage of the schedules as a number that changes seldom: what is compiled depends on it."""
@@ -281,7 +294,7 @@ def lower(
     return kind(program, recipe, history)  # type: ignore[no-any-return]
 
 
-def _bodies(program: Program) -> list[Body]:
+def bodies_of(program: Program) -> list[Body]:
     """Every body of a program, once."""
     ops = [op for item in program.body for op in (_flat(item.ops) if isinstance(item, Stack) else [item])]
     inner = [op.body for op in ops if isinstance(op, Segment)]

@@ -73,7 +73,7 @@ class RowsLowering:
         tensors |= {"ruler": ruler, "caches": tuple(caches), "slots": rows.get("slots")}
         tensors |= {name: rows.get(name) for name in _ROW_SIZES}
         cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        way = _Way(
+        way = Way(
             block, tuple(consts), tuple([plan.mode for plan in kv]), ordered, tuple(causal), training, device, cast
         )
         leaves = pytree.tree_leaves(tensors)
@@ -82,7 +82,7 @@ class RowsLowering:
             self._graphs[key] = self._make(way, tensors)
         return self._graphs[key](*[leaf for leaf in leaves if isinstance(leaf, Tensor)])  # type: ignore[no-any-return]
 
-    def _made(self, way: _Way, tensors: Arguments) -> Callable[..., Any]:
+    def _made(self, way: Way, tensors: Arguments) -> Callable[..., Any]:
         return self._compile(_trace(way, tensors))
 
 
@@ -98,7 +98,7 @@ def _kind(leaf: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Way:
+class Way:
     """How a block is called, its tensors aside."""
 
     block: Block
@@ -139,8 +139,21 @@ class _Way:
         )
 
 
-def _trace(way: _Way, tensors: Arguments) -> Callable[..., Any]:
+def _trace(way: Way, tensors: Arguments) -> Callable[..., Any]:
     """The function of one way to call `run_rows`, from its tensors in order."""
+    made, shape = trace_rows(way, tensors)
+    forward = fx.GraphModule(nn.Module(), made.graph).forward
+
+    def lowered(*given: Tensor) -> Any:
+        return pytree.tree_unflatten(forward(*given), shape)
+
+    return with_own_code(lowered)
+
+
+def trace_rows(
+    way: Way, tensors: Arguments, decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> tuple[fx.GraphModule, pytree.TreeSpec]:
+    """One way to call `run_rows` as a graph of its tensors in order, and the structure of what it returns."""
     prepare(way.block, way.plans, tensors["caches"])  # analyses run on real tensors
     leaves, spec = pytree.tree_flatten(tensors)
     shapes: list[pytree.TreeSpec] = []
@@ -153,24 +166,24 @@ def _trace(way: _Way, tensors: Arguments) -> Callable[..., Any]:
         return flat
 
     examples = pytree.tree_leaves(_Examples(way.block, tensors).all())
-    graph = traced(run, [example for example in examples if example is not None], way.autocast())
+    graph = traced(run, [example for example in examples if example is not None], way.autocast(), decompositions)
     graph.eliminate_dead_code()
-    forward, shape = fx.GraphModule(nn.Module(), graph).forward, shapes[-1]
-
-    def lowered(*given: Tensor) -> Any:
-        return pytree.tree_unflatten(forward(*given), shape)
-
-    return with_own_code(lowered)
+    return fx.GraphModule(nn.Module(), graph), shapes[-1]
 
 
 def traced(
-    run: Callable[..., Any], examples: Sequence[Example], context: AbstractContextManager[Any] | None = None
+    run: Callable[..., Any],
+    examples: Sequence[Example],
+    context: AbstractContextManager[Any] | None = None,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> fx.Graph:
     """The ops that a function of tensors runs, as autograd will see them; its sizes are symbols."""
+    table = dict(decompositions or {})
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
         fakes = [example.fake(mode) for example in examples]
         with torch.no_grad(), context or nullcontext():
-            return make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes).graph
+            made = make_fx(run, decomposition_table=table, pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
+    return made.graph
 
 
 @dataclass(frozen=True)

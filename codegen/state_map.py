@@ -13,18 +13,17 @@ from depthc.ir.types import DTYPE_NAMES
 SAME = "same"
 
 
-def state_map(program: Program) -> dict[str, Any]:
+def state_map(program: Program, captured: Program) -> dict[str, Any]:
     """What every parameter of a program is made of, as data that `json.dumps` takes.
 
     It speaks of a program as a recipe made it: `settle` and `compile` evaluate the expressions, and what is made is a
-    weight of its own from then on.
+    weight of its own from then on. `captured` is the program that the recipe began with.
 
     Returns:
         "parameters": by state-dict name, each with "shape", "dtype" (as in program text), "kind" ("parameter",
         "frozen", "buffer" that is saved, "constant" buffer that is not), "from": "same" where it is the weight of its
         name, else the expression as program text writes it, and "ties": the other names of the same tensor.
-        "unread": the captured model's names that no parameter takes its value from; none, if the program is without
-        weights.
+        "unread": the captured model's names that no parameter takes its value from.
 
     Example:
         >>> import torch, depthc
@@ -33,7 +32,7 @@ def state_map(program: Program) -> dict[str, Any]:
         >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
         >>> program = depthc.capture(model, (torch.ones(2, 5, 4),))
         >>> tied, _ = run_recipe(program, Recipe.parse('tie(loops=2, init="average")'))
-        >>> found = state_map(tied)
+        >>> found = state_map(tied, program)
         >>> found["parameters"]["0.bias"]["from"]
         'mean(ref("0.bias"), ref("2.bias"))'
         >>> found["unread"]
@@ -52,7 +51,7 @@ def state_map(program: Program) -> dict[str, Any]:
             "ties": [other for other in owners[_tensor(name, param.expr)] if other != name],
         }
     read = {source for name, param in program.params.items() for source in sources(param.expr or Ref(name))}
-    return {"parameters": parameters, "unread": [name for name in program.weights if name not in read]}
+    return {"parameters": parameters, "unread": [name for name in captured.params if name not in read]}
 
 
 def _tensor(name: str, expr: Expr | None) -> tuple[str, str]:

@@ -5,21 +5,27 @@ again, `save` and `load` keep such modules, `generate` continues sequences, and 
 `print(program)` wrote.
 """
 
+from depthc.bisect import Bisection, bisect
 from depthc.checkpoint import load, save
 from depthc.compiler import compile
+from depthc.dumps import dump
+from depthc.explain import Explanation, explain
 from depthc.ir.capture import capture
 from depthc.ir.errors import (
     CaptureError,
     CheckpointError,
     DepthError,
+    DumpError,
     IncrementalError,
     InputError,
+    MlirError,
     OutlineError,
     ParseError,
     RecipeError,
     RoutingError,
     StateDictError,
     SubsetError,
+    TargetError,
     VerifyError,
 )
 from depthc.ir.program import Program
@@ -30,11 +36,15 @@ from depthc.runtime.generate import generate
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bisection",
     "CaptureError",
     "CheckpointError",
     "DepthError",
+    "DumpError",
+    "Explanation",
     "IncrementalError",
     "InputError",
+    "MlirError",
     "OutlineError",
     "ParseError",
     "Program",
@@ -43,9 +53,13 @@ __all__ = [
     "RoutingError",
     "StateDictError",
     "SubsetError",
+    "TargetError",
     "VerifyError",
+    "bisect",
     "capture",
     "compile",
+    "dump",
+    "explain",
     "generate",
     "load",
     "parse",

@@ -219,13 +219,22 @@ def _content(compiled: DepthModule, program: Program) -> dict[str, Any]:
         "depthc": __version__,
         "recipe": str(compiled.recipe),
         "recipe_name": compiled.recipe.name,
-        "history": [asdict(step) for step in compiled.history],
+        "history": [_recorded(step) for step in compiled.history],
         "training": compiled.training,
         "add_losses": compiled.add_losses,
         "selection": compiled.selection,
         "parameters": list(program.params),
         "frozen": [name for name, parameter in compiled.named_parameters() if not parameter.requires_grad],
     }
+
+
+def _recorded(step: Step) -> dict[str, Any]:
+    """What a folder says of a pass: all but the programs before and after it."""
+    return asdict(replace(step, source=None, result=None), dict_factory=_without_nothing)
+
+
+def _without_nothing(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if value is not None}
 
 
 def _sealed(content: Mapping[str, Any]) -> bytes:

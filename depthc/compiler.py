@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from depthc.codegen.module import DepthModule, lower
+from depthc.dumps import record
 from depthc.ir.capture import capture
+from depthc.ir.errors import DepthError
 from depthc.ir.settle import settle
 from depthc.passes.base import Pass
-from depthc.passes.pipeline import run_recipe
+from depthc.passes.pipeline import Step, run_recipe
 from depthc.passes.recipe import Recipe
 from depthc.passes.recipes import recipe_of
 
@@ -54,7 +56,14 @@ def compile(
         ['0.weight', '0.bias', '1.weight', '1.bias']
     """
     chosen = recipe_of(recipe, options)
-    program, history = run_recipe(capture(model, args, kwargs), chosen, skip)
-    compiled = lower(settle(program) if history else program, inspect.signature(model.forward), chosen, history)
+    captured = capture(model, args, kwargs)
+    history: list[Step] = []
+    try:
+        program, _ = run_recipe(captured, chosen, skip, observe=history.append)
+    except DepthError as error:
+        record(captured, chosen, history, error)
+        raise
+    record(captured, chosen, history)
+    compiled = lower(settle(program) if history else program, inspect.signature(model.forward), chosen, tuple(history))
     compiled.add_losses = add_losses
     return compiled.train(model.training)

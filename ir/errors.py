@@ -73,3 +73,15 @@ class RoutingError(DepthError):
 
 class CheckpointError(DepthError):
     """A saved folder that is damaged, incomplete, or of a newer version."""
+
+
+class DumpError(DepthError):
+    """A dump that cannot be written."""
+
+
+class TargetError(DepthError):
+    """A model that the command line cannot find or build."""
+
+
+class MlirError(DepthError):
+    """A program, or an op of one, that has no MLIR form, or no native code; or torch-mlir is not installed."""

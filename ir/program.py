@@ -258,6 +258,25 @@ class Program:
 
         return step(self, past, args, kwargs)
 
+    def mlir(self) -> str:
+        """The program as the text of an MLIR module: depth ops around bodies in the torch dialect; see docs/mlir.md.
+
+        Weights are named, never written, so a model on the meta device has one too.
+
+        Raises:
+            MlirError: torch-mlir is not installed, the program is for training only, or an op has no MLIR form.
+
+        Example:
+            >>> import torch, depthc
+            >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
+            >>> text = depthc.capture(model, (torch.ones(2, 5, 4),)).mlir()
+            >>> text.count('"depth.call"'), text.count("func.func private")
+            (3, 1)
+        """
+        from depthc.ir.mlir import module_of
+
+        return str(module_of(self))
+
     def __str__(self) -> str:
         from depthc.ir.text.printer import program_text
 

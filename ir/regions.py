@@ -36,11 +36,8 @@ class Region(Evaluator):
         self.run_rows = outer.run_rows
         self.outer, self.op, self.tokens = outer, op, tokens
         self.slots, self.taps = outer.slots, outer.taps
-        inside = [inner for inner, _ in walk(op.body)]
-        found = [inner for inner in inside if isinstance(inner, Call)]
-        carried = {name for call in found for name in call.reads[: self.program.blocks[call.block].carries]}
-        made = {name for inner in inside for name in getattr(inner, "writes", ())}
-        self.rows = (carried | made) if found else (set(op.reads) | made)
+        self.rows = row_names(op, self.program.blocks)
+        found = [inner for inner, _ in walk(op.body) if isinstance(inner, Call)]
         self.packed = tokens.ragged and all(packable(self.program.blocks[call.block]) for call in found)
 
     def enter(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +54,15 @@ class Region(Evaluator):
         carries = [values[name] for name in op.reads[: block.carries]]
         sides = [values[name] for name in op.reads[block.carries :]]
         run_planned(self, op, carries, sides, values, indices, self.tokens, self.packed)
+
+
+def row_names(op: On, blocks: Mapping[str, Block]) -> set[str]:
+    """The names that a region reads as rows, or makes."""
+    inside = [inner for inner, _ in walk(op.body)]
+    found = [inner for inner in inside if isinstance(inner, Call)]
+    carried = {name for call in found for name in call.reads[: blocks[call.block].carries]}
+    made = {name for inner in inside for name in getattr(inner, "writes", ())}
+    return (carried | made) if found else (set(op.reads) | made)
 
 
 @dataclass(frozen=True, eq=False)

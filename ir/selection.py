@@ -150,13 +150,32 @@ def select(
         assert score is not None, "verify asks for a score or candidates"
         mask = torch.ones(score.shape[:2], dtype=torch.bool, device=score.device)
         among = TokenSet(mask, count=mask.shape[1])
-    if name == "all" or (name == "threshold" and number == -float("inf")):
-        return among
+    if reads_score(name, number):
+        assert score is not None, "verify asks for a score"
+        refuse_nan(score, among.mask)
+    return choose(name, number, score, among, of, within)
+
+
+def reads_score(name: str, number: float) -> bool:
+    """Whether a rule reads the score itself, and not its shape alone."""
+    return name not in ("all", "stride") and not (name == "threshold" and number == -float("inf"))
+
+
+def choose(
+    name: str,
+    number: float,
+    score: Tensor | None,
+    among: TokenSet,
+    of: TokenSet | None = None,
+    within: Tensor | None = None,
+) -> TokenSet:
+    """The set that a rule with its number makes; no look at the data decides how it is computed."""
     if name == "stride":
         places = torch.arange(among.mask.shape[1], device=among.mask.device)
         return TokenSet(among.mask & (places % int(number) == 0))
+    if not reads_score(name, number):
+        return among
     assert score is not None, "verify asks for a score"
-    refuse_nan(score, among.mask)
     if name == "topk":
         if within is not None:
             return _best_within(score, among, of or among, float(number), within)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from depthc.ir.errors import RecipeError, VerifyError
@@ -14,9 +13,8 @@ from depthc.ir.text.functions import walk
 from depthc.ir.text.printer import expr_text
 from depthc.ir.verify import verify
 from depthc.passes.base import Pass
+from depthc.passes.logs import tell
 from depthc.passes.recipe import Recipe
-
-log = logging.getLogger("depthc.passes")
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Step:
         seconds: how long it took, verification included.
         made: parameters that the pass made or bound anew, by name, with the expression of their values.
         dropped: parameters that the program no longer has.
+        source, result: the program before and after, without weights; None where they were not kept.
 
     Example:
         >>> print(Step(3, "loop()", 24, 9, 0.01))
@@ -43,13 +42,19 @@ class Step:
     seconds: float = field(compare=False)
     made: tuple[tuple[str, str], ...] = ()
     dropped: tuple[str, ...] = ()
+    source: Program | None = field(default=None, compare=False, repr=False)
+    result: Program | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.number}. {self.text}: {self.before} ops -> {self.after}"
 
 
-def run_recipe(program: Program, recipe: Recipe, skip: Collection[str] = ()) -> tuple[Program, tuple[Step, ...]]:
+def run_recipe(
+    program: Program, recipe: Recipe, skip: Collection[str] = (), observe: Callable[[Step], None] | None = None
+) -> tuple[Program, tuple[Step, ...]]:
     """Apply the passes of a recipe from left to right, leaving out those named in `skip`.
+
+    `observe` is told what each pass did before the next one starts.
 
     Raises:
         RecipeError: a pass does not apply, or `skip` names none of the recipe.
@@ -61,11 +66,14 @@ def run_recipe(program: Program, recipe: Recipe, skip: Collection[str] = ()) -> 
             remedy = f"skip {closest(name, names)!r}" if names else "skip nothing"
             raise RecipeError(f"the recipe has no pass {name!r}", expected=", ".join(names), found=name, remedy=remedy)
     history = []
+    tell("00_capture", program)
     for number, (name, one) in enumerate(zip(names, recipe.passes, strict=True), 1):
         if name not in skip:
             program, step = _applied(program, one, number)
-            log.info("%s (%.0f ms)", step, 1000 * step.seconds)
+            tell(f"{number:02}_{name}", program, f"{step} ({1000 * step.seconds:.0f} ms)")
             history.append(step)
+            if observe:
+                observe(step)
     return program, tuple(history)
 
 
@@ -83,7 +91,8 @@ def _applied(program: Program, one: Pass, number: int) -> tuple[Program, Step]:
     made = tuple((name, expr_text(p.expr)) for name, p in new.items() if p.expr is not None and old.get(name) != p)
     dropped = tuple(name for name in old if name not in new)
     seconds = time.perf_counter() - start
-    return after, Step(number, str(one), _count(program), _count(after), seconds, made, dropped)
+    source, result = (p.with_weights({}) for p in (program, after))
+    return after, Step(number, str(one), _count(program), _count(after), seconds, made, dropped, source, result)
 
 
 def _count(program: Program) -> int:

@@ -9,13 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from depthc.codegen.colours import DARK, INK, LIGHT, MUTED, PAGE, fill, ink
 from depthc.ir.errors import InputError
 
-# From near the page to far from it, evenly in lightness, from yellow over green to blue: in order for every kind of
-# colour vision, and in grey.
-LIGHT = ("#fbeaa6", "#8fd0a8", "#3a93b5", "#1f3f8f")
-DARK = ("#1d3a6e", "#2b7f9e", "#6cc39a", "#f7e48c")
-PAGE, INK, MUTED = ("#ffffff", "#15171a"), ("#1c1e21", "#e6e6e6"), ("#666a70", "#9a9ea4")  # in light, in dark
 COLUMNS, TAB, DPI = 96, 4, 200
 POINTS = 9.0  # the size of letters
 CELL = (0.602 * POINTS / 72, 1.55 * POINTS / 72)  # inches: a letter of DejaVu Sans Mono is 0.602 em wide
@@ -115,18 +111,8 @@ def _shown(token: str | bytes) -> str:
 
 
 def _fill(ramp: Sequence[str], depth: int, deepest: int) -> str:
-    """The colour of a depth from 1 on, between the two nearest colours of the ramp."""
-    at = (depth - 1) / max(1, deepest - 1) * (len(ramp) - 1)
-    left = min(int(at), len(ramp) - 2)
-    pairs = ((int(ramp[left][i : i + 2], 16), int(ramp[left + 1][i : i + 2], 16)) for i in (1, 3, 5))
-    return "#" + "".join(f"{round(a + (b - a) * (at - left)):02x}" for a, b in pairs)
-
-
-def _ink(fill: str) -> str:
-    """Black or white, whichever has more contrast with the fill: 4.5 to 1 at least, whatever the fill (WCAG 2)."""
-    parts = [int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-    return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
+    """The colour of a depth from 1 on."""
+    return fill(ramp, (depth - 1) / max(1, deepest - 1))
 
 
 def _legend(depths: Sequence[int], deepest: int) -> list[tuple[int, str]]:
@@ -181,8 +167,8 @@ def _rules(scheme: int, ramp: Sequence[str], deepest: int) -> str:
     """The colours of a page, light (0) or dark (1)."""
     rules = [f"body {{ background: {PAGE[scheme]}; color: {INK[scheme]}; }}", f".d0 {{ color: {MUTED[scheme]}; }}"]
     for depth in range(1, deepest + 1):
-        fill = _fill(ramp, depth, deepest)
-        rules.append(f".d{depth} {{ background: {fill}; color: {_ink(fill)}; }}")
+        colour = _fill(ramp, depth, deepest)
+        rules.append(f".d{depth} {{ background: {colour}; color: {ink(colour)}; }}")
     return "\n".join(rules)
 
 
@@ -214,12 +200,12 @@ def _png(texts: list[str], depths: list[int], deepest: int, title: str, path: Pa
     font = FontProperties(fname=str(file), size=POINTS)
     boxes, fills = [], []
     for row, column, text, depth in pieces:
-        fill = _fill(LIGHT, depth, deepest) if depth else None
-        if fill:
+        colour = _fill(LIGHT, depth, deepest) if depth else None
+        if colour:
             boxes.append(_box(row, column, len(text)))
-            fills.append(fill)
-        ink = _ink(fill) if fill else INK[0] if depth is None else MUTED[0]
-        axes.text(column, row + 0.7, text, color=ink, fontproperties=font, parse_math=False, usetex=False)
+            fills.append(colour)
+        letters = ink(colour) if colour else INK[0] if depth is None else MUTED[0]
+        axes.text(column, row + 0.7, text, color=letters, fontproperties=font, parse_math=False, usetex=False)
     axes.add_collection(PolyCollection(boxes, facecolors=fills, edgecolors=PAGE[0], linewidths=0.5))
     with path.open("wb") as out:
         FigureCanvasAgg(figure).print_png(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import cycle
 from math import prod
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import depthc
 from depthc.codegen.module import DepthModule, lower
+from depthc.ir.cost.cost import cost_of
 from depthc.ir.cost.flops import flops
 from depthc.ir.cost.pairs import pairs
 from depthc.ir.masks.factors import Factor, product
@@ -70,6 +72,34 @@ def test_closed_form_counts_what_runs(kind: str, recipe: str) -> None:
     inputs = oracles.inputs_of(kind, torch.ones(BATCH, LENGTH, dtype=torch.bool))
     sizes = program.signature.size_values(program.signature.flatten((), inputs))
     assert flops(program, masked=False).subs(sizes) == counted(module, inputs)
+
+
+KEEPING = {"mor_token": ("mor_token", {}), "mor of all tokens": ("mor", {"capacities": (1.0,) * 3}), **RECIPES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [*zip(cycle(oracles.KINDS), KEEPING), *((kind, "mor_token") for kind in oracles.KINDS[1:])],
+)
+def test_parameters_and_caches_are_exact(kind: str, recipe: str) -> None:
+    """What a module holds, and what attention keeps after a prompt: to the byte."""
+    program = run_recipe(captured(kind)[1], recipe_of(*KEEPING[recipe]))[0]
+    module = lower(program).eval()
+    inputs = oracles.inputs_of(kind, torch.ones(BATCH, LENGTH, dtype=torch.bool))
+    cost, sets = cost_of(program, selection="inference"), []
+    assert cost.parameters == sum(p.numel() for p in module.parameters())
+    assert cost.parameter_bytes == sum(p.numel() * p.element_size() for p in module.parameters())
+    with torch.no_grad(), oracles.Wide():
+        _, past = module.program.start(**inputs)
+        aux = module.forward_with_aux(**inputs)[1]
+    widths = [int(r.chosen.sum(1).max()) for r in aux.routes if r.chosen is not None]
+    sizes = program.signature.size_values(program.signature.flatten((), inputs))
+    for number, name in enumerate(cost.unknown, len(widths) - len(cost.unknown)):
+        sets.append((name, widths[number]))
+    assert cost.at(**sizes, **dict(sets)).cache_bytes == past.cache_bytes
+    assert cost.at(**sizes).cache_bytes >= past.cache_bytes
+    assert cost.at(**sizes).at_most == bool(cost.unknown)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from depthc.ir.types import Type
 aten = torch.ops.aten
 
 # Smaller primes are for models with short position tables, where a long probe would run off the end.
-_PRIMES = (
+PRIMES = (
     (1009, 2003, 3001, 4001, 5003, 6007, 7001, 8009, 9001),
     (211, 307, 401, 503, 601, 701, 809, 907, 1009),
     (37, 53, 61, 71, 83, 97, 101, 113, 131),
@@ -61,7 +61,7 @@ def probe(body: Body) -> Probe:
     """
     names = sorted({n for i in body.inputs if isinstance(i.type, Type) for n in i.type.size_names()}, key=_batch_first)
     failure: Exception | None = None
-    for primes in _PRIMES:
+    for primes in PRIMES:
         sizes = dict(zip(names, primes, strict=False))
         try:
             return Probe(sizes, shapes_at(body, sizes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -12,13 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from depthc.ir import sizes
+from depthc.ir.axes.probe import PRIMES
 from depthc.ir.body import Body
 from depthc.ir.types import Type
 
 Shape = tuple[sympy.Expr, ...]
-
-# Sizes that stand for the names while ops decide by them: large, different, and none a multiple of another.
-_HINTS = (1009, 2003, 3001, 4001, 5003, 6007, 7001, 8009, 9001)
 
 
 def symbol(name: str) -> sympy.Symbol:
@@ -32,17 +31,34 @@ def shapes_of(body: Body) -> dict[fx.Node, Any]:
     A size that only the data decide (the tokens of one expert) is a symbol of its own, "u0", "u1", ...
     """
     names = sorted({n for i in body.inputs if isinstance(i.type, Type) for n in i.type.size_names()})
-    ruler = torch.empty(_HINTS[: len(names)], device="meta")
-    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(names))  # type: ignore[var-annotated]
+    failure: Exception | None = None
+    for hints in PRIMES:
+        try:
+            return _shapes_at(body, names, hints)
+        except RuntimeError as error:  # the end of a position table
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def _shapes_at(body: Body, names: Sequence[str], hints: Sequence[int]) -> dict[fx.Node, Any]:
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    known = size_symbols(dict(zip(names, hints, strict=False)), mode)
     with (
-        FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode,
+        mode,
         enable_python_dispatcher(),  # composite ops decompose by their Python forms, which take symbols
         torch.no_grad(),
     ):
-        known: dict[str, Any] = dict(zip(names, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
         values = _propagate(body, known)
     renamed = {size.node.expr: symbol(name) for name, size in known.items()}
     return {node: _shape(value, renamed) for node, value in values.items()}
+
+
+def size_symbols(hints: Mapping[str, int], mode: FakeTensorMode) -> dict[str, Any]:
+    """A symbolic integer for every name. Not under the mode itself, where the ruler would be a fake already."""
+    ruler = torch.empty(tuple(hints.values()), device="meta")
+    dynamic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * len(hints))  # type: ignore[var-annotated]
+    return dict(zip(hints, mode.from_tensor(ruler, symbolic_context=dynamic).shape, strict=True))
 
 
 def _propagate(body: Body, known: dict[str, Any]) -> dict[fx.Node, Any]:

@@ -97,7 +97,7 @@ def _sizes_from_inputs(graph: fx.Graph, names: SizeNames, known: Mapping[str, tu
                     made = emitter.emit(size)
                     if isinstance(made, fx.Node):
                         made.meta.setdefault("val", value)
-                    node.replace_all_uses_with(made) if isinstance(made, fx.Node) else _inline(node, made)
+                    node.replace_all_uses_with(made) if isinstance(made, fx.Node) else inline(node, made)
     _fill_size_values(graph)
 
 
@@ -109,7 +109,8 @@ def _fill_size_values(graph: fx.Graph) -> None:
             node.meta["val"] = args[0].shape[args[1]] if node.target is aten.sym_size.int else node.target(*args)
 
 
-def _inline(node: fx.Node, value: int) -> None:
+def inline(node: fx.Node, value: int) -> None:
+    """Give the users of a node a number instead."""
     for user in list(node.users):
         user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
         user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)

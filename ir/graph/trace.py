@@ -284,12 +284,12 @@ def _outputs(exported: ExportedProgram, graph: fx.Graph) -> tuple[str | Leaf, ..
             outputs.append(Leaf("", None, spec.arg.value))
         else:
             outputs.append("")
-            kept.append(_computed(graph, output, value))
+            kept.append(computed(graph, output, value))
     output.args = (tuple(kept),)
     return tuple(outputs)
 
 
-def _computed(graph: fx.Graph, output: fx.Node, value: fx.Node) -> fx.Node:
+def computed(graph: fx.Graph, output: fx.Node, value: fx.Node) -> fx.Node:
     """An output as the result of an op: a parameter that is returned as it is becomes an alias of itself."""
     if "param" not in value.meta:
         return value

@@ -1,0 +1,349 @@
+"""Dynamo's graph before AOT autograd as a trace: what torch.compile hands a backend, in the form that export's takes.
+
+Dynamo writes torch functions and methods, and lifts parameters to inputs. Every call becomes ATen ops here. Calls that
+are alike (one function of arguments of the same types) are traced once, so the time hardly grows with the depth. What
+is private about Dynamo's graphs is known in this file only.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import SymInt, Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from depthc.ir.certificate import argument_text
+from depthc.ir.errors import CaptureError
+from depthc.ir.graph.canonical import canonicalize, inline
+from depthc.ir.graph.export import mutates
+from depthc.ir.graph.size_nodes import SizeEmitter, SizeNames, source_of
+from depthc.ir.graph.trace import Trace, computed, tensor_type
+from depthc.ir.names import Names
+from depthc.ir.params import Param, ParamKind
+from depthc.ir.signature import Leaf, Signature
+
+aten = torch.ops.aten
+
+_OWNED = re.compile(r"\._(parameters|buffers)\['[^']+'\]$")
+_PATH = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+_ENTER_AUTOCAST, _EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+
+
+@dataclass(frozen=True)
+class DynamoTrace:
+    """A trace, and what the inputs of Dynamo's graph are in it.
+
+    Attributes:
+        inputs: one an input: ("value", leaf), ("param", name), or ("", "") for sizes and numbers.
+        fakes: the inputs without data.
+        mode: that of the tensors in `fakes`.
+        symbols: where the value of a size symbol stands at run time: an input, and its dimension (None: the input).
+    """
+
+    trace: Trace
+    inputs: tuple[tuple[str, str], ...]
+    fakes: tuple[Any, ...]
+    mode: FakeTensorMode
+    symbols: Mapping[Any, tuple[int, int | None]]
+
+
+def trace_dynamo(module: fx.GraphModule) -> DynamoTrace:
+    """The trace of a graph that Dynamo made. It is for one mode: training if gradients are on.
+
+    Dropout is as Dynamo found it; the mode says which rule selects tokens.
+
+    Raises:
+        CaptureError: ops in place, higher-order ops, a change of autocast, numbers that vary and are no sizes.
+    """
+    return _Lowering(module).traced()
+
+
+class _Lowering:
+    """Dynamo's nodes, one by one, as ATen nodes of a new graph."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module, self.graph = module, fx.Graph()
+        self.placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        self.fakes = tuple(n.meta.get("example_value") for n in self.placeholders)
+        tensors = [fake for fake in self.fakes if isinstance(fake, FakeTensor)]
+        if not tensors or any(fake is None for fake in self.fakes):
+            _refuse("an input of the graph has no example", expected="a graph of tensors, as Dynamo makes it")
+        self.mode = tensors[-1].fake_mode
+        self.values: dict[fx.Node, Any] = {}  # what became of Dynamo's nodes: nodes of `graph`, in trees, and numbers
+        self.names, self.unique = SizeNames(), Names()
+        self.params: dict[str, Param] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.leaves: list[Leaf] = []
+        self.calls: dict[str, tuple[fx.GraphModule, pytree.TreeSpec]] = {}
+        self.trains = self.grad = torch.is_grad_enabled()
+        self.follows: set[fx.Node] = set()  # what depends on something that takes a gradient
+
+    def traced(self) -> DynamoTrace:
+        inputs = tuple(self._input(node, fake) for node, fake in zip(self.placeholders, self.fakes, strict=True))
+        output = None
+        for node in self.module.graph.nodes:
+            if node.op in ("call_function", "call_method"):
+                self.values[node] = self._call(node)
+            elif node.op == "output":
+                output = node
+            elif node.op != "placeholder":
+                _refuse(f"the graph has a node of the kind {node.op}", node, expected="parameters as inputs, and calls")
+        count = self._output(output)
+        known = self._known()
+        self._read_sizes(known)
+        signature = self._signature(count)
+        canonicalize(self.graph, self.names, known, both_modes=False)
+        for node in self.graph.nodes:
+            node.meta["source"] = source_of(node)
+        name, where = self._origin()
+        trace = Trace(name, self.graph, signature, self.params, self.weights, (self.trains,), self.names, where)
+        return DynamoTrace(trace, inputs, self.fakes, self.mode, self._symbols())
+
+    # inputs
+
+    def _input(self, node: fx.Node, fake: Any) -> tuple[str, str]:
+        if _is_number(node):
+            return "", ""  # its users make a constant of it
+        made = self.values[node] = self.graph.placeholder(node.name)
+        made.meta["val"] = fake
+        if not isinstance(fake, Tensor):
+            return "", ""
+        if fake.requires_grad:
+            self.follows.add(made)
+        source = _source_name(node)
+        owned = _OWNED.search(source)
+        if owned or isinstance(fake, nn.Parameter):
+            name = made.meta["param"] = self._param_name(source)
+            kind: ParamKind = "parameter" if fake.requires_grad else "frozen"
+            if not isinstance(fake, nn.Parameter):
+                kind = "buffer"
+            self.params[name] = Param(tensor_type(fake, self.names), kind)
+            return "param", name
+        for dim, size in enumerate(fake.shape):
+            for symbol in sorted(size.node.expr.free_symbols, key=str) if isinstance(size, SymInt) else ():
+                self.names.declare(symbol, (symbol,), batch=dim == 0)
+        name = made.meta["value"] = self.unique.new((re.findall(r"\w+", source) or ["x"])[-1])
+        self.leaves.append(Leaf(name, tensor_type(fake, self.names)))
+        return "value", name
+
+    def _param_name(self, source: str) -> str:
+        """The name in the state dict of the module that the frame runs; with its own name before it for another one."""
+        name = ".".join(_PATH.findall(source)) or re.sub(r"\W+", "_", source).strip("_")
+        owner = re.sub(r"\W+", "_", source.split("._", 1)[0]).strip("_")
+        return f"{owner}.{name}" if name in self.params else name
+
+    def _known(self) -> dict[str, tuple[fx.Node, int]]:
+        """For every size name, the input and dimension that have that size."""
+        known: dict[str, tuple[fx.Node, int]] = {}
+        for node in self.graph.nodes:
+            for dim, size in enumerate(node.meta["val"].shape if "value" in node.meta else ()):
+                name = self.names.of(size)
+                if isinstance(name, str) and name.isidentifier():
+                    known.setdefault(name, (node, dim))
+        return known
+
+    def _read_sizes(self, known: Mapping[str, tuple[fx.Node, int]]) -> None:
+        """Sizes that are inputs are read off the tensors."""
+        nodes = [n for n in self.graph.nodes if n.op == "placeholder" and not isinstance(n.meta["val"], Tensor)]
+        with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
+            emitter = SizeEmitter(self.graph, known)
+            for node in nodes:
+                size = self.names.of(node.meta["val"])
+                if node.users and not emitter.can(size):
+                    _refuse("a number that varies is an input of the graph", next(iter(node.users)), "sizes of tensors")
+                made = emitter.emit(size) if node.users else 0
+                if isinstance(made, fx.Node):
+                    made.meta["val"] = node.meta["val"]
+                    node.replace_all_uses_with(made)
+                else:
+                    inline(node, made)
+                self.graph.erase_node(node)
+
+    def _symbols(self) -> dict[Any, tuple[int, int | None]]:
+        found: dict[Any, tuple[int, int | None]] = {}
+        for at, fake in enumerate(self.fakes):
+            sizes = [(None, fake)] if isinstance(fake, SymInt) else enumerate(getattr(fake, "shape", ()))
+            for dim, size in sizes:
+                if isinstance(size, SymInt) and size.node.expr.is_Symbol:
+                    found.setdefault(size.node.expr, (at, dim))
+        return found
+
+    # calls
+
+    def _call(self, node: fx.Node) -> Any:
+        """What a call of a torch function or method becomes: nodes in the structure of its result."""
+        if (number := _number(node)) is not None:
+            return number
+        if node.target is torch._C._set_grad_enabled:
+            if node.args[0] and not self.trains:
+                _refuse("gradients are switched on within no_grad", node)
+            self.grad = bool(node.args[0])
+            return None
+        if node.target in (_ENTER_AUTOCAST, _EXIT_AUTOCAST):
+            if node.target is _ENTER_AUTOCAST and (node.args[2] or torch.is_autocast_enabled(node.args[0])):
+                _refuse("autocast is switched on or off within the graph", node, "one autocast around all of it")
+            return None
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            _refuse(f"there is a higher-order op: {node.target}", node, "torch functions")
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
+        if node.target in (operator.getitem, getattr) and not isinstance(args[0], fx.Node):
+            return node.target(*args)  # one of several results
+        return self._lowered(node, args, kwargs)
+
+    def _lowered(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        operands: dict[fx.Node, str] = {}
+
+        def operand(n: fx.Node) -> str:
+            return operands.setdefault(n, f"%{len(operands)}:{_text(n.meta['val'])}")
+
+        name = node.target if isinstance(node.target, str) else f"{node.target.__module__}.{node.target!r}"
+        key = f"{name}{argument_text(args, operand)}{argument_text(sorted(kwargs.items()), operand)}"
+        if key not in self.calls:
+            self.calls[key] = self._traced(node, args, kwargs, list(operands))
+        template, spec = self.calls[key]
+        copies: dict[fx.Node, fx.Node] = {}
+        feed = iter(operands)
+        for n in template.graph.nodes:
+            if n.op == "placeholder":
+                copies[n] = next(feed)
+            elif n.op == "get_attr":
+                copies[n] = self._constant(template, n)
+            elif n.op == "call_function":
+                copies[n] = self.graph.node_copy(n, copies.__getitem__)
+                origin = {k: node.meta[k] for k in ("stack_trace", "nn_module_stack") if k in node.meta}
+                copies[n].meta = {"val": n.meta["val"], **origin}
+        results = [copies.get(leaf, leaf) for leaf in next(iter(reversed(template.graph.nodes))).args[0]]
+        if self.trains and not self.follows.isdisjoint(operands):
+            if self.grad:
+                self.follows.update(copies.values())
+            else:
+                results = [self._detached(result) for result in results]
+        return pytree.tree_unflatten(results, spec)
+
+    def _traced(
+        self, node: fx.Node, args: Any, kwargs: Any, operands: Sequence[fx.Node]
+    ) -> tuple[fx.GraphModule, pytree.TreeSpec]:
+        """A call as a graph of ATen ops over its operands, and the structure of its result."""
+        specs: list[pytree.TreeSpec] = []
+
+        def run(*given: Any) -> list[Any]:
+            own, named = fx.map_arg((args, kwargs), dict(zip(operands, given, strict=True)).__getitem__)
+            method = node.op == "call_method"
+            out = getattr(own[0], node.target)(*own[1:], **named) if method else node.target(*own, **named)
+            leaves, spec = pytree.tree_flatten(out)
+            specs.append(spec)
+            return leaves
+
+        try:
+            with self.mode, torch.no_grad():
+                # tensors of their own: calls that are alike share their examples
+                values = [v.detach() if isinstance(v := n.meta["val"], Tensor) else v for n in operands]
+                made = make_fx(run, pre_dispatch=True)(*values)
+        except Exception as error:  # whatever an op may raise
+            first = str(error).strip().split("\n", 1)[0]
+            _refuse(f"{node.target} does not trace: {type(error).__name__}: {first}", node)
+        ops = [n for n in made.graph.nodes if n.op == "call_function"]
+        if changed := next((n for n in ops if mutates(n.target)), None):
+            _refuse(f"a tensor is changed in place ({changed.target})", node, "ops that return new tensors")
+        if specs[-1].num_leaves == 0:
+            _refuse(f"{node.target} returns nothing", node, "functions without side effects")
+        return made, specs[-1]
+
+    def _constant(self, template: fx.GraphModule, node: fx.Node) -> fx.Node:
+        """A tensor that a call makes of numbers, as an input."""
+        value = getattr(template, str(node.target))
+        if isinstance(value, FakeTensor):
+            _refuse("a constant has no data", node)
+        name = f"depth.constants.{len(self.weights)}"
+        with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
+            made = self.graph.placeholder(f"constant{len(self.weights)}")
+        made.meta |= {"param": name, "val": self.mode.from_tensor(value, static_shapes=True)}
+        self.params[name], self.weights[name] = Param(tensor_type(value, self.names), "constant"), value
+        return made
+
+    def _detached(self, result: Any) -> Any:
+        """A result that no gradient flows through, for the call stands under no_grad."""
+        value = result.meta["val"] if isinstance(result, fx.Node) else None
+        if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+            return result
+        made = self.graph.call_function(aten.detach.default, (result,))
+        made.meta |= result.meta
+        return made
+
+    # the whole
+
+    def _output(self, output: fx.Node) -> int:
+        """Make the graph's output; returns how many results it has."""
+        results = fx.map_arg(output.args[0], self.values.__getitem__)
+        for result in results:
+            if not isinstance(result, fx.Node) or not isinstance(result.meta["val"], Tensor):
+                _refuse("the graph returns a number", output, "tensors")
+        made = self.graph.output(())
+        made.args = (tuple(computed(self.graph, made, result) for result in results),)
+        return len(results)
+
+    def _signature(self, count: int) -> Signature:
+        names = tuple(leaf.name for leaf in self.leaves)
+        ranges: dict[str, tuple[int, int | None]] = {}
+        for symbol in self._symbols():
+            bounds = self.mode.shape_env.var_to_range[symbol]
+            if symbol in self.names:
+                high = bounds.upper
+                ranges[str(self.names.of_expr(symbol))] = (int(bounds.lower), int(high) if high.is_Integer else None)
+        in_spec = pytree.tree_structure(dict.fromkeys(names, 0))
+        out_spec = pytree.tree_structure((0,) * count)
+        return Signature(names, tuple(self.leaves), in_spec, ("",) * count, out_spec, ranges)
+
+    def _origin(self) -> tuple[str, str]:
+        """The outermost class that the graph is of, and the line of its first op; both for people."""
+        calls = [n for n in self.module.graph.nodes if n.op.startswith("call_")]
+        stacks = [n.meta["nn_module_stack"] for n in calls if n.meta.get("nn_module_stack")]
+        kind = next(iter(stacks[0].values()))[1] if stacks else "Graph"
+        name = re.sub(r"\W", "", str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]) or "Graph"
+        return name, next((where for n in calls if (where := source_of(n))), "")
+
+
+def _source_name(node: fx.Node) -> str:
+    """Where Dynamo found an input, as Python: "L['self']._modules['norm']._parameters['weight']"."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return str(name() if callable(name) else name)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether an input is a floating-point number, which Dynamo passes as a tensor."""
+    return bool(node.users) and all(user.target == "item" and user.op == "call_method" for user in node.users)
+
+
+def _number(node: fx.Node) -> float | None:
+    """The number that a call reads from an input, where that is an attribute of a module: Dynamo then guards it."""
+    if node.op != "call_method" or node.target != "item" or node.args[0].op != "placeholder":
+        return None
+    source = getattr(node.args[0], "_dynamo_source", None)
+    kind = getattr(source, "guard_source", None)
+    kind = kind() if callable(kind) else kind
+    if kind is None or not (kind.is_unspecialized_nn_module() or kind.is_unspecialized_builtin_nn_module()):
+        _refuse("a floating-point number that varies is an input of the graph", node, "attributes of modules")
+    return float(node.meta["example_value"])
+
+
+def _text(value: Any) -> str:
+    """What of an operand the ops of a call depend on."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
+    return f"{type(value).__name__} {value}"
+
+
+def _refuse(what: str, node: fx.Node | None = None, expected: str = "") -> NoReturn:
+    raise CaptureError(
+        f"the graph of torch.compile cannot be rewritten: {what}",
+        where=source_of(node) if node is not None else "",
+        expected=expected,
+        remedy="leave the recipe out, and Inductor compiles the graph as it is; or use depthc.compile(model, recipe)",
+    )
