@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice, product
 
 import torch
+from torch import fx
 
 from depthc.codegen.python.pieces import entry, folded, line
 from depthc.ir import sizes
@@ -117,10 +118,12 @@ def vocabularies(program: Program) -> dict[str, int]:
             continue
         read = dict(zip(item.body.placeholders_of("value"), item.reads, strict=True))
         for node in item.body.nodes:
-            if node.target is aten.embedding.default and node.args[1] in read and node.args[0].op == "placeholder":
-                rows = node.args[0].meta["input"].type.shape[0]
-                name = read[node.args[1]]
-                found[name] = min(rows, found.get(name, rows))
+            if node.target is not aten.embedding.default:
+                continue
+            table, index = node.all_input_nodes[0], node.args[1]
+            if table.op == "placeholder" and isinstance(index, fx.Node) and index in read:
+                rows = table.meta["input"].type.shape[0]
+                found[read[index]] = min(rows, found.get(read[index], rows))
     leaves = {leaf.name for leaf in program.signature.inputs}
     return {name: rows for name, rows in found.items() if name in leaves}
 

@@ -18,7 +18,7 @@ from depthc.ir.sizes import Size
 from depthc.ir.text.fold import Statement, number, words
 from depthc.ir.text.functions import bound_name, function_key, prefix_of, walk
 from depthc.ir.text.printer import wrap
-from depthc.ir.text.syntax import literal_syntax, string, type_text
+from depthc.ir.text.syntax import WIDTH, literal_syntax, string, type_text
 from depthc.ir.text.trees import Path, TreeWriter
 from depthc.ir.types import Type
 
@@ -70,7 +70,7 @@ class Forward:
         self, program: Program, functions: Mapping[Any, PythonFunction], names: Mapping[str, str], indices: set[str]
     ) -> None:
         self.program, self.functions, self.names = program, functions, dict(names)
-        self.fresh = Names({*names.values(), *HELPERS, *LOCAL, *BUILTIN, *indices})
+        self.fresh = Names({*names.values(), *HELPERS, *LOCAL, *BUILTIN, *indices, *program.signature.ranges})
         self.sets: set[str] = set()  # the names that hold token sets
         self.region = ""  # what the region is called that calls run on
         self.uses: set[str] = set()  # of LOCAL, and sizes
@@ -84,7 +84,7 @@ class Forward:
         statements.append(line("return ", *output))
         body, numbered = folded(statements, self.taken, self.loops)
         lines = [*self._header(), *(f"    {text}" for text in (*self._begin(numbered), *body))]
-        return [part for text in lines for part in ([text] if text.lstrip()[:1] in '#"' else wrap(text))]
+        return [part for text in lines for part in ([text] if text.lstrip()[:1] in '#"' else _broken(text))]
 
     def _header(self) -> Iterator[str]:
         leaves = [leaf for leaf in self.program.signature.inputs if leaf.type is not None]
@@ -177,21 +177,25 @@ class Forward:
     def _applied(self, op: Call | Segment) -> Statement:
         function = self.functions[function_key(op)]
         reads: list[list[Piece]] = [[self._value(r), ".mask"] if r in self.sets else [self._value(r)] for r in op.reads]
-        consts = [[number(c)] for c in op.consts] if isinstance(op, Call) else []
+        consts: list[list[Piece]] = [[number(c)] for c in op.consts] if isinstance(op, Call) else []
         options: list[list[Piece]] = []
         if isinstance(op, Call) and (self.region or op.kv):
             options += [[f"on={self.region}"]] if self.region else []
             if op.kv:
                 self.uses.add("slots")
-                options += [["kv=(", *joined([self._kv(plan.mode, plan.slot) for plan in op.kv], True), ")"]]
-                options += [["slots=slots"]]
-        arguments = [*reads, *self._weights(function, op.params), *consts, *options, *self._env(function)]
-        targets = joined([[self._value(v)] for v in op.writes])
+                plans: list[Piece] = joined([self._kv(plan.mode, plan.slot) for plan in op.kv], trailing=True)
+                options.append(["kv=(", *plans, ")"])
+                options.append(["slots=slots"])
+        arguments: list[list[Piece]] = [*reads, *self._weights(function, op.params)]
+        arguments += [*consts, *options, *self._env(function)]
+        targets: list[Piece] = [*joined([[self._value(v)] for v in op.writes]), " = "] if op.writes else []
         self.sets -= set(op.writes)
-        return line(*targets, *([" = "] if targets else []), f"{function.label}(", *joined(arguments), ")")
+        return line(*targets, f"{function.label}(", *joined(arguments), ")")
 
     def _kv(self, mode: str, slot: str) -> list[Piece]:
-        return [f'Kv("{mode}"', *([", ", words("string", indexed_text(slot))] if slot else []), ")"]
+        if not slot:
+            return [f'Kv("{mode}")']
+        return [f'Kv("{mode}", ', words("string", indexed_text(slot)), ")"]
 
     def _env(self, function: PythonFunction) -> list[list[Piece]]:
         self.uses |= set(function.env) & {"device"}
@@ -279,6 +283,17 @@ class Forward:
         tree = ast.parse(size, mode="eval")
         self.uses |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         return ast.unparse(tree)
+
+
+def _broken(text: str) -> list[str]:
+    """A long line as several; a choice between two is broken at the choice."""
+    target, equals, value = text.partition(" = ")
+    chosen, choice, other = value.partition(" if training else ")
+    if len(text) <= WIDTH or not choice:
+        return wrap(text)
+    indent = target[: len(target) - len(target.lstrip())]
+    parts = [*wrap(f"{indent}    {chosen}"), f"{indent}    if training", *wrap(f"{indent}    else {other}")]
+    return [f"{target}{equals}(", *parts, f"{indent})"]
 
 
 def _plain(value: float) -> ast.expr:

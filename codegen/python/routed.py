@@ -28,6 +28,7 @@ def everyone(score: Tensor | None = None, among: TokenSet | None = None) -> Toke
     """All tokens of `score` [batch, tokens, ...], or all that are in an earlier set.
 
     Example:
+        >>> import torch
         >>> everyone(torch.zeros(1, 3)).mask
         tensor([[True, True, True]])
     """
@@ -60,6 +61,7 @@ def topk(
         RoutingError: a candidate's score is not a number.
 
     Example:
+        >>> import torch
         >>> topk(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 0.5).mask
         tensor([[False,  True,  True, False]])
     """
@@ -141,6 +143,7 @@ def block(values: int, carries: int = 1) -> Callable[[Callable[..., Any]], Route
         InputError: an argument has no type.
 
     Example:
+        >>> import torch
         >>> @block(values=1)
         ... def double(h: "f32[b, s, 2]", scale: "f32[2]"):
         ...     return h * scale

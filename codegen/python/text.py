@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from depthc.codegen.python.example import example_lines
@@ -63,8 +64,6 @@ def python_text(program: Program, title: str = "") -> str:
         >>> bool((module["forward"](w, torch.ones(1, 7, 4)) == model(torch.ones(1, 7, 4))).all())
         True
     """
-    from depthc import __version__
-
     names = value_names(program)
     functions = _functions(program, names)
     loops = {op.index for op, _ in walk(program.body) if isinstance(op, Loop)}
@@ -76,7 +75,7 @@ def python_text(program: Program, title: str = "") -> str:
     code = [*blocks, *([*_UNDER.strip().splitlines(), "", ""] if "under" in forward.uses else [])]
     code += [*parameter_lines(program), "", "", *main, "", "", *example_lines(program, names)]
     arguments = ", ".join(names[leaf.name] for leaf in program.signature.inputs if leaf.type is not None)
-    about = _ABOUT.format(title=title or program.name, version=__version__, arguments=arguments)
+    about = _ABOUT.format(title=title or program.name, version=version("depthc"), arguments=arguments)
     about += "\n" + _ROUTED if helpers else ""
     header = [f"# {text}".rstrip() for text in about.splitlines()]
     return (
