@@ -64,7 +64,7 @@ class Emitter:
             for name, param in self.program.params.items():
                 self._param(name, param)
         signature = self.program.signature
-        functions = Functions(self.module, Sizes(signature.ranges, signature.guards))
+        functions = Functions(self.module, Sizes.of(signature))
         for function in self.bodies.values():
             made = functions.add_body(function.body, function.label)
             self.results[function.label] = list(made.attributes["function_type"].value.results)

@@ -8,13 +8,13 @@ from torch import fx
 
 from depthc.ir.body import Body
 from depthc.ir.errors import MlirError
-from depthc.ir.mlir.trace import Sizes, trace
+from depthc.ir.mlir.trace import NOTHING, Sizes, trace
 
 
 class Functions:
     """Imports graphs into a module, each as one private function."""
 
-    def __init__(self, module: Any, sizes: Sizes = Sizes()) -> None:
+    def __init__(self, module: Any, sizes: Sizes = NOTHING) -> None:
         from torch_mlir.extras.fx_importer import FxImporter
 
         self._sizes = sizes
