@@ -170,7 +170,7 @@ class Emitter:
         callee = self.bodies[function_key(op)].label
         attributes: dict[str, Any] = {"callee": self.ir.FlatSymbolRefAttr.get(callee), "params": op.params}
         if isinstance(op, Call):
-            attributes |= {"consts": op.consts or None, "grad": op.grad, "layer": op.layer or None}
+            attributes |= {"consts": [float(c) for c in op.consts] or None, "grad": op.grad, "layer": op.layer or None}
             attributes["kv"] = [_plan(plan) for plan in op.kv] or None
         elif op.precise:
             attributes["precise"] = self.ir.UnitAttr.get()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ from depthc.ir.signature import Signature
 from depthc.ir.types import INT, Type
 
 
+# Sizes to try, and multiples of them: where a length has a bound that only a guard knows, smaller ones.
+_BASES = (HINTS, (103, 211, 307, 401, 503, 601, 701, 809, 907), (11, 23, 37, 47, 59, 71, 83, 97, 109))
+_SCALES = (1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 12, 24, 48, 96, 10, 20, 60, 120, 840)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What is known of the size names of a program: the smallest and largest legal value, and further conditions."""
@@ -39,12 +45,11 @@ class Sizes:
 
     def hints(self, names: Sequence[str]) -> dict[str, int]:
         """A legal size for every name, by which ops decide while a body is traced: large, and different ones."""
-        bases = dict(zip(names, HINTS, strict=False))
-        for scale in (1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 12, 24, 48, 96, 10, 20, 60, 120, 840):
-            found = {name: self._below(name, base, scale) for name, base in bases.items()}
+        for bases, scale in itertools.product(_BASES, _SCALES):
+            found = {name: self._below(name, base, scale) for name, base in zip(names, bases, strict=False)}
             if all(self._met(guard, found) for guard in self.guards):
                 return found
-        return bases
+        return dict(zip(names, HINTS, strict=False))
 
     def _below(self, name: str, base: int, scale: int) -> int:
         """A multiple of a scale that is legal: the base times it, or what the range allows."""
