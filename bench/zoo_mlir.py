@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -17,10 +18,8 @@ from depthc.ir.program import Program
 def mlir(program: Program, model: nn.Module, args: tuple, kwargs: dict) -> str:
     """Which programs of a model print: verified, and the same after reading the text back."""
     programs: dict[str, Program] = {"program": program}
-    try:
+    with suppress(RecipeError):  # its own check says why
         programs["mor"] = Subject(program, model, args, kwargs).rewritten(looped("mor", program)[0])
-    except RecipeError:
-        pass  # its own check says why
     for name, each in programs.items():
         _round_trip(name, each, new_context())
     return ", ".join(programs)

@@ -90,7 +90,8 @@ class Lowering:
         self.main = next(f for f in self.functions.values() if "sym_visibility" not in f.attributes)
         bodies = labels_of(program)[1]
         self.blocks = {f.label: program.blocks[f.name] for f in bodies.values() if f.kind == "block"}
-        self.target, self.params, self.entry = ir.Module.create(), dict[str, Any](), None
+        self.target, self.params = ir.Module.create(), dict[str, Any]()
+        self.entry: Any = None  # the function that is written
         self.routed = Routed(self)
 
     def lower(self) -> Lowered:
@@ -104,7 +105,7 @@ class Lowering:
         results = [TensorType.read(type) for type in outputs]
         if None in results:
             raise MlirError("an output is a number", expected="tensors as outputs", remedy="evaluate the program")
-        for name, function in self.functions.items():
+        for function in self.functions.values():
             if function != self.main:
                 self.target.body.append(function.clone())
                 self.publish(list(self.target.body.operations)[-1])

@@ -17,8 +17,12 @@ from depthc.ir.mlir.types import dtype_of
 from depthc.ir.program import Program
 
 
-def native(program: Program) -> Native:
+def native(program: Program, optimize: int = 2) -> Native:
     """A program as native code: func, scf and torch ops, then linalg, then LLVM, compiled in this process.
+
+    Args:
+        program: with its weights, on the CPU.
+        optimize: LLVM's level, from 0 (compiles fast) to 3 (runs fast).
 
     Raises:
         MlirError: torch-mlir is not installed, or an op has no native form; says which and where.
@@ -31,7 +35,7 @@ def native(program: Program) -> Native:
         >>> bool(torch.allclose(run(x), model(x), atol=1e-6))
         True
     """
-    return Native(program, lower(program, module_of(program)))
+    return Native(program, lower(program, module_of(program)), optimize)
 
 
 class Native:
@@ -40,7 +44,7 @@ class Native:
     The weights are those that the program has when it is compiled; nothing is differentiable.
     """
 
-    def __init__(self, program: Program, lowered: Lowered) -> None:
+    def __init__(self, program: Program, lowered: Lowered, optimize: int) -> None:
         from torch_mlir.execution_engine import ExecutionEngine
 
         self.signature, param = program.signature, WeightParams(program)
@@ -49,7 +53,7 @@ class Native:
             raise MlirError("native code runs on the CPU", found="weights on another device", remedy="move them")
         with lowered.module.context:
             to_llvm(lowered.module)
-            self._engine = ExecutionEngine(lowered.module)
+            self._engine = ExecutionEngine(lowered.module, opt_level=optimize)
         self._call = self._engine.lookup(ENTRY)
         self._fixed = [descriptor(p) for p in self._params]
         self._outputs = [name for name in self.signature.outputs if isinstance(name, str)]

@@ -52,14 +52,32 @@ def run_passes(module: Any, passes: tuple[str, ...], what: str) -> None:
     from torch_mlir import ir
     from torch_mlir.passmanager import PassManager
 
+    bodies = _bodies(module)
     try:
         PassManager.parse(f"builtin.module({','.join(passes)})").run(module.operation)
     except ir.MLIRError as error:
+        places = dict.fromkeys(str(d.location) for d in error.error_diagnostics)
         raise MlirError(
             f"torch-mlir cannot lower this program to {what}",
+            where=", ".join(f"body {bodies.get(place, '?')!r} {place}" for place in places),
             found=diagnostics(error),
             remedy="evaluate the program, or write this part of the model with other ops",
         ) from error
+
+
+def _bodies(module: Any) -> dict[str, str]:
+    """The function that is made of a line of the model's source, by the line."""
+    from torch_mlir import ir
+
+    found: dict[str, str] = {}
+    for function in module.body.operations:
+
+        def visit(op: Any, name: str = function.operation.attributes["sym_name"].value) -> Any:
+            found.setdefault(str(op.location), name)
+            return ir.WalkResult.ADVANCE
+
+        function.operation.walk(visit)
+    return found
 
 
 def to_linalg(module: Any) -> None:

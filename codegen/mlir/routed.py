@@ -45,7 +45,7 @@ class Routed:
 
     # ops
 
-    def select(self, op: Any, scope: Scope, indices: Mapping[str, int]) -> list[Any]:
+    def select(self, op: Any, scope: Scope, indices: dict[str, int]) -> list[Any]:
         """The mask of the tokens that the rule of inference selects."""
         present = [name for name, there in zip(_OPERANDS, op.attributes["operandSegmentSizes"], strict=True) if there]
         given = dict(zip(present, op.operands, strict=True))
@@ -65,7 +65,7 @@ class Routed:
         function = self._function(("select", name, number, *given, *types), run, [(t, _TOKENS) for t in types])
         return self.to.call(function, scope.read(list(given.values())))
 
-    def on(self, op: Any, scope: Scope, indices: Mapping[str, int]) -> list[Any]:
+    def on(self, op: Any, scope: Scope, indices: dict[str, int]) -> list[Any]:
         """A region on the rows of a set."""
         tokens, *packed = op.operands
         positions, valid = self._rows(tokens, scope)
@@ -81,7 +81,7 @@ class Routed:
                 self.to.one(each, inner, indices)
         return inner.read(last.operands)
 
-    def merge(self, op: Any, scope: Scope, indices: Mapping[str, int]) -> list[Any]:
+    def merge(self, op: Any, scope: Scope, indices: dict[str, int]) -> list[Any]:
         """The stream with the rows of a set replaced."""
         stream, rows, tokens, *packed = op.operands
         positions, valid = self._rows(tokens, scope)
@@ -91,7 +91,7 @@ class Routed:
             inputs = function.attributes["function_type"].value.inputs
             extra = zip(inputs[2:], scope.read(packed), strict=False)
             taken = [self._take(type, value, positions) for type, value in ((inputs[0], old), *extra)]
-            params = [self.to.param(text, dict(indices)) for text in texts(op, "params")]
+            params = [self.to.param(text, indices) for text in texts(op, "params")]
             (new,) = self.to.call(function, [taken[0], new, *taken[1:], *params])
         return self._put(op.results[0].type, old, new, positions, valid)
 
@@ -102,7 +102,7 @@ class Routed:
         if tokens not in scope.rows:
 
             def run(mask: Tensor) -> list[Any]:
-                count = mask.sum(1).max().clamp(min=1).item()
+                count: Any = mask.sum(1).max().clamp(min=1).item()
                 torch._check(count >= 1)  # type: ignore[no-untyped-call]
                 torch._check(count <= mask.shape[1])  # type: ignore[no-untyped-call]
                 found = TokenSet(mask, most=count)
@@ -134,7 +134,7 @@ class Routed:
         return self.to.call(self._function(("put", loose), run, types), operands)
 
     def _apply(
-        self, op: Any, scope: Scope, indices: Mapping[str, int], positions: Any, valid: Any, mask: Any
+        self, op: Any, scope: Scope, indices: dict[str, int], positions: Any, valid: Any, mask: Any
     ) -> list[Any]:
         """A block on rows: the graph of `run_rows`."""
         self.to.refuse_plans(op)
@@ -145,7 +145,7 @@ class Routed:
             block = self.to.blocks[name]
             self._made[key] = self._functions.add(self._trace_block(block, consts), f"{name}_on_rows")
             self.to.publish(self._made[key])
-        params = [self.to.param(text, dict(indices)) for text in texts(op, "params")]
+        params = [self.to.param(text, indices) for text in texts(op, "params")]
         ruler = self._ruler(mask, self._made[key], len(scope.read(op.operands)) + len(params))
         return self.to.call(self._made[key], [*scope.read(op.operands), *params, ruler, positions, valid])
 
@@ -160,7 +160,7 @@ class Routed:
         """`run_rows` of a block with fresh keys, as a graph of its carries, sides, parameters, the ruler, and rows."""
         signature, values = self.to.program.signature, block.body.inputs_of("value")
         names = {n for i in values if isinstance(i.type, Type) for n in i.type.size_names()}
-        known = Sizes(signature.ranges, signature.guards).hints(sorted(names))
+        known = Sizes.of(signature).hints(sorted(names))
         carries = [_stretched(i, known, rows=True) for i in values[: block.carries]]
         tensors: dict[str, Any] = {
             "carries": tuple(carries),

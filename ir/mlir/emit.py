@@ -64,7 +64,7 @@ class Emitter:
             for name, param in self.program.params.items():
                 self._param(name, param)
         signature = self.program.signature
-        functions = Functions(self.module, Sizes(signature.ranges, signature.guards))
+        functions = Functions(self.module, Sizes.of(signature))
         for function in self.bodies.values():
             made = functions.add_body(function.body, function.label)
             self.results[function.label] = list(made.attributes["function_type"].value.results)
@@ -170,7 +170,7 @@ class Emitter:
         callee = self.bodies[function_key(op)].label
         attributes: dict[str, Any] = {"callee": self.ir.FlatSymbolRefAttr.get(callee), "params": op.params}
         if isinstance(op, Call):
-            attributes |= {"consts": op.consts or None, "grad": op.grad, "layer": op.layer or None}
+            attributes |= {"consts": [float(c) for c in op.consts] or None, "grad": op.grad, "layer": op.layer or None}
             attributes["kv"] = [_plan(plan) for plan in op.kv] or None
         elif op.precise:
             attributes["precise"] = self.ir.UnitAttr.get()

@@ -13,7 +13,7 @@ from typing import Any
 
 from depthc.ir import sizes
 from depthc.ir.evaluate import indexed
-from depthc.ir.mlir.types import TensorType, fits, is_set, parts
+from depthc.ir.mlir.types import ROW_DIMS, TensorType, fits, is_set, parts
 from depthc.ir.names import closest
 from depthc.ir.selection import read_rule
 
@@ -26,10 +26,16 @@ Rule = Callable[[Any], str]
 
 
 def verified(rule: Rule) -> Callable[[Any], bool]:
-    """A rule as the `verify_invariants` of an op: what is wrong becomes an error at the op."""
+    """A rule as the `verify_invariants` of an op: what is wrong becomes an error at the op.
+
+    Rules come before MLIR's own check of the fields, so an op may lack what a rule reads.
+    """
 
     def verify_invariants(op: Any) -> bool:
-        wrong = rule(op)
+        try:
+            wrong = rule(op)
+        except Exception as error:  # an exception here would not say which op it is about
+            wrong = f"lacks a field, or has one of another kind: {error}"
         if wrong:
             op.location.emit_error(f"'{op.operation.name}' op {wrong}")
         return not wrong
@@ -100,7 +106,7 @@ def _all_fit(what: str, found: Sequence[Any], expected: Sequence[Any]) -> str:
         return f"has {len(found)} {what}, expected {len(expected)}"
     for number, (a, b) in enumerate(zip(found, expected, strict=True)):
         if not fits(a, b):
-            return f"{what} {number} is {a}, expected {b}"
+            return f"has the {what.removesuffix('s')} {number} of type {a}, expected {b}"
     return ""
 
 
@@ -211,8 +217,8 @@ def loop(op: Any) -> str:
         return f"has the count {count}, expected 0 or more"
     carried = _types(op.operands)
     until = [TensorType.read(t) for t in _types(_yielded(op))[-1:]] if "until" in op.attributes else []
-    if any(type is None or type.dtype != "i1" for type in until):
-        return "ends by a value that is no truth: the last one that it yields must be a tensor of i1"
+    if None in until:
+        return "ends by a value that is no tensor"
     inside = _types(op.regions[0].blocks[0].arguments)
     results = _types(op.results)
     return (
@@ -318,10 +324,20 @@ def merge(op: Any) -> str:
     if name not in functions:
         return f"calls the unknown function @{name}; the nearest is @{closest(name, functions)}"
     inputs, bound = functions[name].attributes["function_type"].value.inputs, texts(op, "params")
-    count = 2 + len(extra)
+    count, rows_of = 2 + len(extra), [_rows(type) for type in (stream.type, *extra)]
     if len(inputs) != count + len(bound):
         return f"has {count} values and {len(bound)} parameters, expected {len(inputs)} in all for @{name}"
-    return _bound(op, bound, inputs[count:]) or _all_fit("results", _types(op.results), [stream.type])
+    return (
+        _all_fit("operands", [rows_of[0], rows.type, *rows_of[1:]], inputs[:count])
+        or _bound(op, bound, inputs[count:])
+        or _all_fit("results", _types(op.results), [stream.type])
+    )
+
+
+def _rows(type: Any) -> Any:
+    """The type of some rows of a stream."""
+    found = TensorType.read(type)
+    return found.loosened(ROW_DIMS) if found else type
 
 
 def tap(op: Any) -> str:
@@ -329,7 +345,7 @@ def tap(op: Any) -> str:
     try:
         indexed(op.attributes["label"].value, next(iterations(op)))
     except _UNREADABLE:
-        return f"has the name {op.attributes['name'].value!r}, which cannot be read"
+        return f"has the name {op.attributes['label'].value!r}, which cannot be read"
     return ""
 
 

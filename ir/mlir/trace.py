@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,28 +23,38 @@ from depthc.ir.cost.shapes import size_symbols
 from depthc.ir.errors import MlirError
 from depthc.ir.graph.size_nodes import source_of
 from depthc.ir.mlir.decompositions import decompositions, learn
+from depthc.ir.signature import Signature
 from depthc.ir.types import INT, Type
+
+
+# Sizes to try, and multiples of them: where a length has a bound that only a guard knows, smaller ones.
+_BASES = (PRIMES[0], (103, 211, 307, 401, 503, 601, 701, 809, 907), (11, 23, 37, 47, 59, 71, 83, 97, 109))
+_SCALES = (1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 12, 24, 48, 96, 10, 20, 60, 120, 840)
 
 
 @dataclass(frozen=True)
 class Sizes:
     """What is known of the size names of a program: the smallest and largest legal value, and further conditions."""
 
-    ranges: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    ranges: tuple[tuple[str, tuple[int, int | None]], ...] = ()
     guards: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, signature: Signature) -> Sizes:
+        """Those of a program."""
+        return cls(tuple(signature.ranges.items()), signature.guards)
 
     def hints(self, names: Sequence[str]) -> dict[str, int]:
         """A legal size for every name, by which ops decide while a body is traced: large, and different ones."""
-        bases = dict(zip(names, PRIMES[0], strict=False))
-        for scale in (1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 12, 24, 48, 96, 10, 20, 60, 120, 840):
-            found = {name: self._below(name, base, scale) for name, base in bases.items()}
+        for bases, scale in itertools.product(_BASES, _SCALES):
+            found = {name: self._below(name, base, scale) for name, base in zip(names, bases, strict=False)}
             if all(self._met(guard, found) for guard in self.guards):
                 return found
-        return bases
+        return dict(zip(names, PRIMES[0], strict=False))
 
     def _below(self, name: str, base: int, scale: int) -> int:
         """A multiple of a scale that is legal: the base times it, or what the range allows."""
-        low, high = self.ranges.get(name, (0, None))
+        low, high = dict(self.ranges).get(name, (0, None))
         return base * scale if high is None or base * scale <= high else max(low, high - high % scale)
 
     @staticmethod
@@ -52,12 +63,24 @@ class Sizes:
         return not known or bool(sizes.evaluate(guard, found))
 
 
-def trace(body: Body, name: str, known: Sizes = Sizes()) -> fx.GraphModule:
+NOTHING = Sizes()
+
+
+def trace(body: Body, name: str, known: Sizes = NOTHING) -> fx.GraphModule:
     """A body as a graph of its values, parameters and constants, in this order; evaluated, not trained, on the CPU.
+
+    It is traced once and kept with the body, which does not change.
 
     Raises:
         MlirError: an op cannot be traced; names the op, the body and the line of the model's source.
     """
+    kept = vars(body).setdefault("_mlir_traces", {})
+    if known not in kept:
+        kept[known] = _trace(body, name, known)
+    return kept[known]  # type: ignore[no-any-return]
+
+
+def _trace(body: Body, name: str, known: Sizes) -> fx.GraphModule:
     inputs = inputs_of(body)
 
     def run(*given: Any) -> list[Any]:
@@ -80,7 +103,9 @@ def trace_function(run: Callable[..., list[Any]], given: Sequence[Any]) -> fx.Gr
     """A function of fake tensors and symbolic numbers as a graph of ops that MLIR knows."""
     with torch.no_grad(), traceback.preserve_node_meta():
         made = traced_again(
-            lambda table: make_fx(run, decomposition_table=table, pre_dispatch=True, _allow_non_fake_inputs=True)(*given)
+            lambda table: make_fx(run, decomposition_table=table, pre_dispatch=True, _allow_non_fake_inputs=True)(
+                *given
+            )
         )
     made.graph.eliminate_dead_code()
     return made
