@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import depthc
 from depthc.backend import backend
+from depthc.codegen.module import DepthModule
 
 from .models import VOCAB, WIDTH, Chain, Spec, Stacked, ids, seeded, states
 
@@ -114,7 +115,8 @@ FIVE = [
 ]
 
 
-@pytest.mark.parametrize("name", ["nanogpt", *FIVE])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIVE)
 def test_models(name: str, compiled: list[fx.GraphModule]) -> None:
     """In training, dropout and tied embeddings included, at two sizes."""
     entry = ZOO[name]
@@ -226,7 +228,7 @@ def test_dropout_draws_anew() -> None:
 # each body once
 
 
-@pytest.mark.parametrize("depth", [3, 7])
+@pytest.mark.parametrize("depth", [3, pytest.param(9, marks=pytest.mark.slow)])
 def test_bodies_are_compiled_once_and_serve_every_length(depth: int, compiled: list[fx.GraphModule]) -> None:
     """Dynamo asks for a graph of the first length, and one for all lengths; it asks no more often than of others."""
     model = seeded(lambda: Around(by_length, depth))
@@ -315,12 +317,10 @@ def test_nothing_repeats(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_recipe_that_changes_the_parameters_names_the_other_door() -> None:
-    model = seeded(lambda: Stacked(Spec(depth=4)))
-    error = refused(model, ids(), recipe="tie(loops=2)")
+    error = refused(seeded(lambda: Chain(4)), states(), recipe="tie(loops=2)")
     assert isinstance(error, depthc.RecipeError)
-    assert "depthc.compile(model" in str(error)
-    assert "made" in str(error)
-    assert "layers.3.norm.0.weight" in str(error) or "not read" in str(error)
+    assert "use depthc.compile(model" in str(error)
+    assert "4 made (layers.1.linear.bias), 8 not read (layers.2.linear.bias)" in str(error)
 
 
 @pytest.mark.slow
@@ -340,10 +340,10 @@ def test_a_recipe_that_keeps_the_parameters_trains() -> None:
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, depthc.codegen.module.DepthModule, Path]:
+def tied(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, DepthModule, Path]:
     """A model, what a recipe made of it, and where that is saved."""
-    model = seeded(lambda: Stacked(Spec(depth=4)))
-    rewritten = depthc.compile(model, "tie", (ids(),), loops=2)
+    model = seeded(lambda: Chain(4))
+    rewritten = depthc.compile(model, "tie", (states(),), loops=2)
     folder = tmp_path_factory.mktemp("weights") / "tied"
     depthc.save(rewritten, folder)
     return model, rewritten, folder
@@ -358,8 +358,9 @@ def test_weights_for_inference(tied: Any) -> None:
         function = through(model, **options)
         with torch.no_grad():
             for length in (5, 8):
-                assert torch.equal(function(ids(2, length)), rewritten(ids(2, length)))
-                assert not torch.equal(function(ids(2, length)), model(ids(2, length)))
+                x = states(2, length)
+                assert torch.equal(function(x), rewritten(x))
+                assert not torch.equal(function(x), model(x))
 
 
 @pytest.mark.slow
@@ -375,24 +376,25 @@ def test_weights_of_a_routed_model(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_serve(tied: Any, tmp_path: Path) -> None:
     model, rewritten, folder = tied
-    error = refused(model, ids(), weights=folder)
+    x = states()
+    error = refused(model, x, weights=folder)
     assert isinstance(error, depthc.InputError)
     assert "gradients are on" in str(error)
     file, damaged, weights = tmp_path / "w.safetensors", tmp_path / "damaged", dict(rewritten.state_dict())
     damaged.write_bytes(b"no weights")
     with torch.no_grad():
         for path in (tmp_path / "nowhere", damaged):
-            error = refused(model, ids(), weights=path)
+            error = refused(model, x, weights=path)
             assert isinstance(error, depthc.CheckpointError)
             assert str(path) in str(error)
-        error = refused(model, ids(), weights=folder, recipe="albert")
+        error = refused(model, x, weights=folder, recipe="albert")
         assert isinstance(error, depthc.RecipeError)
         assert "another recipe" in str(error)
         name = next(name for name in weights if "layers.1" in name)
         kept = weights.pop(name)
         for wrong, what in ((weights, "lack 1 parameters"), (weights | {name: kept.double()}, "another type")):
             save_file({n: t.clone() for n, t in wrong.items()}, file)
-            error = refused(model, ids(), weights=file, recipe="tie(loops=2)")
+            error = refused(model, x, weights=file, recipe="tie(loops=2)")
             assert isinstance(error, depthc.StateDictError)
             assert what in str(error)
             assert name in str(error)
