@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import provenance, save
+from machine import in_a_process, provenance, save
 from torch import Tensor
 
 WIDTH, BATCH, LENGTH = 128, 4, 128
@@ -80,20 +77,6 @@ def measure(recipe: str, door: str, device: str, layers: int) -> dict[str, Any]:
     return {"first": first, "second": second, "eager": eager, "graphs": graphs, "error": error}
 
 
-def in_a_process(recipe: str, door: str, device: str, layers: int) -> dict[str, Any]:
-    """The same in a process of its own, with an empty cache."""
-    command = [sys.executable, __file__, "--row", recipe, door, "--device", device, "--layers", str(layers)]
-    with tempfile.TemporaryDirectory() as cache:
-        fresh = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache + "/triton"}
-        try:
-            done = subprocess.run(command, env=os.environ | fresh, capture_output=True, text=True, timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {LIMIT} s"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -106,7 +89,8 @@ def main() -> int:
         return 0
     report = provenance(options.device) | {"backend": "inductor", "layers": options.layers, "rows": []}
     for recipe, door in ROWS:
-        row = {"recipe": recipe, "door": door, **in_a_process(recipe, door, options.device, options.layers)}
+        arguments = ["--row", recipe, door, "--device", options.device, "--layers", str(options.layers)]
+        row = {"recipe": recipe, "door": door, **in_a_process(__file__, arguments, LIMIT)}
         report["rows"].append(row)
         save(report, options.out)
     return int(any("failed" in row for row in report["rows"]))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +39,21 @@ def save(report: dict[str, Any], path: Path | None) -> None:
     print(text)
     if path is not None:
         path.write_text(text + "\n")
+
+
+def in_a_process(script: str, arguments: list[str], limit: int) -> dict[str, Any]:
+    """What a script prints as JSON in its last line, run in a process of its own with no compiler cache.
+
+    `failed` says why there is nothing.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        fresh = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache + "/triton"}
+        fresh |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        command = [sys.executable, script, *arguments]
+        try:
+            done = subprocess.run(command, env=os.environ | fresh, capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done after {limit} s"}
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]

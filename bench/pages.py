@@ -39,9 +39,31 @@ def agreement(report: Report) -> str:
     return f"{origin(report)}\n\n{markdown(['keys, precision', 'mor', 'the model', 'ratio'], rows)}"
 
 
+def backend(report: Report) -> str:
+    """The first compiled step through both backends, and how far both are from eager."""
+    plain = [row for row in report["rows"] if row["backend"] == "inductor"]
+    rows = []
+    for number, row in enumerate(report["rows"]):
+        other = plain[number // 2]
+        ratios = [f"{other[name] / row[name]:.1f}x" for name in ("first", "cpu")]
+        seconds = [f"{row['first']:.1f}", ratios[0], f"{row['cpu']:.1f}", ratios[1]]
+        steps = [f"{1000 * row[name]:.0f}" for name in ("later", "eager")]
+        rows.append([row["backend"], *seconds, *steps, f"{row['error']:.0e}"])
+    head = ["backend", "first step, s", "faster", "processor, s", "less", "later step, ms", "eager step, ms", "error"]
+    models = [
+        [row["model"], str(row["layers"])]
+        + [f"{row[name][what]:.0e}" for what in ("outputs", "gradients") for name in ("depthc", "inductor")]
+        for row in report["models"]
+    ]
+    kinds = ["model", "layers", "outputs", "by Inductor alone", "gradients", "by Inductor alone"]
+    text = f"{origin(report)} {report['layers']} layers; the rows ran one after the other.\n\n{markdown(head, rows)}"
+    return f"{text}\n\nThe largest errors against eager, of gradients relative:\n\n{markdown(kinds, models)}"
+
+
 TABLES: dict[str, dict[str, Callable[[Report], str]]] = {
     "measured.md": {"cold": cold, "agreement": agreement},
     "training.md": {"training": training},
+    "backend.md": {"backend": backend},
 }
 
 

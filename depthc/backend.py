@@ -137,7 +137,10 @@ def _compiler(inner: str, mode: str | None) -> Callable[..., Any]:
         remedy = f"use {closest(mode, modes)!r} with Inductor, or leave it out"
         raise InputError("there is no such mode", expected=", ".join(modes), found=mode, remedy=remedy)
     found = lookup_backend(inner)
-    return found if mode is None else partial(found, config_patches=modes[mode])
+    if inner != "inductor":
+        return found
+    patches = {**modes.get(mode or "", {}), "keep_output_stride": True}  # the next body is compiled for these strides
+    return partial(found, config_patches=patches)
 
 
 # the parameters that there are

@@ -93,6 +93,9 @@ class _Lowering:
                 self.values[node] = self._call(node)
             elif node.op == "output":
                 output = node
+            elif node.op == "get_attr":
+                if isinstance(getattr(self.module, str(node.target), None), Tensor):
+                    self.values[node] = self._constant(self.module, node)
             elif node.op != "placeholder":
                 _refuse(f"the graph has a node of the kind {node.op}", node, expected="parameters as inputs, and calls")
         count = self._output(output)
@@ -262,7 +265,8 @@ class _Lowering:
         if isinstance(value, FakeTensor):
             _refuse("a constant has no data", node)
         name = f"depth.constants.{len(self.weights)}"
-        with self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder")):
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
             made = self.graph.placeholder(f"constant{len(self.weights)}")
         made.meta |= {"param": name, "val": self.mode.from_tensor(value, static_shapes=True)}
         self.params[name], self.weights[name] = Param(tensor_type(value, self.names), "constant"), value
@@ -302,12 +306,11 @@ class _Lowering:
         return Signature(names, tuple(self.leaves), in_spec, ("",) * count, out_spec, ranges)
 
     def _origin(self) -> tuple[str, str]:
-        """The outermost class that the graph is of, and the line of its first op; both for people."""
+        """The class that all of the graph is of, as far as Dynamo says, and the line of its first op; for people."""
         calls = [n for n in self.module.graph.nodes if n.op.startswith("call_")]
-        stacks = [n.meta["nn_module_stack"] for n in calls if n.meta.get("nn_module_stack")]
-        kind = next(iter(stacks[0].values()))[1] if stacks else "Graph"
-        name = re.sub(r"\W", "", str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]) or "Graph"
-        return name, next((where for n in calls if (where := source_of(n))), "")
+        kinds = {next(iter(stack.values()))[1] for n in calls if (stack := n.meta.get("nn_module_stack"))}
+        name = getattr(kinds.pop(), "__name__", "") if len(kinds) == 1 else ""
+        return name or "Graph", next((where for n in calls if (where := source_of(n))), "")
 
 
 def _source_name(node: fx.Node) -> str:
