@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from depthc.ir import sizes
-from depthc.ir.body import Body, Input
 from depthc.ir.axes.probe import PRIMES
+from depthc.ir.body import Body, Input
 from depthc.ir.cost.shapes import size_symbols
 from depthc.ir.errors import MlirError
 from depthc.ir.graph.size_nodes import source_of
@@ -26,9 +26,8 @@ from depthc.ir.mlir.decompositions import decompositions, learn
 from depthc.ir.signature import Signature
 from depthc.ir.types import INT, Type
 
+# Multiples of the sizes to try: where a length must be divided, or has a bound that only a guard knows.
 
-# Sizes to try, and multiples of them: where a length has a bound that only a guard knows, smaller ones.
-_BASES = (PRIMES[0], (103, 211, 307, 401, 503, 601, 701, 809, 907), (11, 23, 37, 47, 59, 71, 83, 97, 109))
 _SCALES = (1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 12, 24, 48, 96, 10, 20, 60, 120, 840)
 
 
@@ -46,7 +45,7 @@ class Sizes:
 
     def hints(self, names: Sequence[str]) -> dict[str, int]:
         """A legal size for every name, by which ops decide while a body is traced: large, and different ones."""
-        for bases, scale in itertools.product(_BASES, _SCALES):
+        for bases, scale in itertools.product(PRIMES, _SCALES):
             found = {name: self._below(name, base, scale) for name, base in zip(names, bases, strict=False)}
             if all(self._met(guard, found) for guard in self.guards):
                 return found
