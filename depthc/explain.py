@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from depthc.ir.capture import capture
-from depthc.ir.cost.cost import usual_sizes
 from depthc.ir.cost.layers import layers_of
+from depthc.ir.cost.sizes import sizes_of
 from depthc.passes.base import Pass
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipe import Recipe
@@ -38,7 +38,8 @@ class Explanation:
             InputError: there is no such size.
         """
         before, after = self.stages[0], self.stages[-1]
-        at = usual_sizes(before.program) | sizes
+        at = before.cost.among(sizes_of(before.program, LENGTH)) | sizes
+        after.cost.at(**at)  # refuses names that it does not have; the model before has no capacities
         return {
             "model": before.program.name,
             "recipe": str(self.recipe),
@@ -100,6 +101,7 @@ def explain(
     return Explanation(chosen, stages_of(captured, history))
 
 
+LENGTH = 2048
 _ROWS = {
     "layers_applied": "layers applied",
     "layers_stored": "layers stored",
@@ -115,7 +117,7 @@ def _figures(stage: Stage, at: Mapping[str, float]) -> dict[str, Any]:
     return {
         "layers_applied": len(layers),
         "layers_stored": len({layer.weights for layer in layers}),
-        **asdict(cost.at(**at)),
+        **asdict(cost.at(**cost.among(at))),
         "flops_form": str(cost.flops),
         "cache_form": "" if cost.cache_bytes is None else str(cost.cache_bytes),
         "no_cache": cost.no_cache,

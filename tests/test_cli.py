@@ -13,7 +13,7 @@ import depthc
 from depthc.cli import main
 from depthc.targets import FORMS, resolve
 
-FACTORY = '''
+FACTORY = """
 import torch
 from torch import nn
 
@@ -42,7 +42,7 @@ def nothing():
 
 def broken():
     raise KeyError("no such layer")
-'''
+"""
 
 
 @pytest.fixture

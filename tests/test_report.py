@@ -16,7 +16,7 @@ import pytest
 
 import depthc
 from depthc.codegen.colours import luminance
-from depthc.codegen.dump.figures import LENGTHS, at, rows_of, sizes_of
+from depthc.codegen.dump.figures import LENGTHS, rows_of
 from depthc.codegen.dump.key import key_html
 from depthc.codegen.dump.parts import MOST_PARTS
 from depthc.codegen.dump.picture import picture
@@ -24,6 +24,7 @@ from depthc.codegen.dump.report import report_html
 from depthc.codegen.dump.sets import Sets
 from depthc.codegen.dump.story import story
 from depthc.codegen.dump.words import Scope, brief, chosen, inferred, short
+from depthc.ir.cost.sizes import sizes_of
 from depthc.ir.evaluate import indexed
 from depthc.ir.params import Ref
 from depthc.ir.program import Call, Loop, On, Program, Select, Stack, Tap
@@ -316,7 +317,7 @@ def test_sizes_are_legal() -> None:
     never = replace(program(2), signature=replace(program(2).signature, guards=("s == 4097",)))
     assert sizes_of(never, 512) == {"b": 1, "s": 1}
     cost = stages("tie")[0].cost
-    assert at(cost, {"b": 1, "s": 7, "unread": 3}) == cost.at(b=1, s=7)
+    assert cost.among({"b": 1, "s": 7, "unread": 3}) == {"b": 1, "s": 7}
 
 
 STORIES = {

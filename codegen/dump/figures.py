@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from depthc.codegen.dump.words import NO_VALUE, TIMES, short
-from depthc.ir import sizes
-from depthc.ir.cost.cost import Cost, Figures
-from depthc.ir.errors import IncrementalError
-from depthc.ir.plans import token_dim
-from depthc.ir.program import Program, calls
+from depthc.ir.cost.cost import Cost
+from depthc.ir.cost.sizes import sizes_of
+from depthc.ir.program import Program
 
 LENGTHS = (512, 2048, 8192)
 ALIKE = 0.005  # ratios that differ by less are told once
-TRIES = 512  # lengths below a wanted one that are tried, where guards forbid it
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def rows_of(costs: tuple[Cost, Cost], program: Program, layers: Sequence[tuple[i
     yield Row("their bytes", (before.parameter_bytes, after.parameter_bytes), "B")
     flops, kept = [], []
     for place in list({tuple(sizes_of(program, length).items()): None for length in LENGTHS}):
-        one, other = (at(cost, dict(place)) for cost in costs)
+        one, other = (cost.at(**cost.among(dict(place))) for cost in costs)
         said, most = ", ".join(f"{name} = {size:,}" for name, size in place), (one.at_most, other.at_most)
         flops.append(Row(f"FLOPs of a forward, {said}", (one.flops, other.flops), "", most))
         kept.append(Row(f"keys and values kept, {said}", (one.cache_bytes, other.cache_bytes), "B", most))
@@ -64,49 +61,6 @@ def _telling(rows: list[Row]) -> list[Row]:
     ratios = [row.ratio for row in rows if row.ratio is not None]
     alike = not ratios or max(ratios) - min(ratios) < ALIKE
     return [rows[len(rows) // 2]] if alike else rows
-
-
-def at(cost: Cost, given: Mapping[str, int]) -> Figures:
-    """A cost at sizes of which it may not depend on all."""
-    forms = [cost.flops, *cost.unknown.values(), *([] if cost.cache_bytes is None else [cost.cache_bytes])]
-    known = {symbol.name for form in forms for symbol in form.free_symbols}
-    return cost.at(**{name: size for name, size in given.items() if name in known})
-
-
-def sizes_of(program: Program, length: int) -> Mapping[str, int]:
-    """Legal sizes with every token axis as near to a length as it may be, from below, and all others at their least.
-
-    Example:
-        >>> import torch, depthc
-        >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
-        >>> sizes_of(depthc.capture(model, (torch.ones(2, 5, 4),)), 2048)
-        {'b': 1, 's': 2048}
-    """
-    tokens, ranges = _token_sizes(program), program.signature.ranges
-    least = {name: _within(1, span) for name, span in ranges.items()}
-    for tried in range(length, max(0, length - TRIES), -1):
-        found = {name: _within(tried, span) if name in tokens else least[name] for name, span in ranges.items()}
-        if all(sizes.evaluate(guard, found) for guard in program.signature.guards):
-            return found
-    return least
-
-
-def _within(size: int, span: tuple[int, int | None]) -> int:
-    least, most = span
-    return max(least, size if most is None else min(size, most))
-
-
-def _token_sizes(program: Program) -> set[str]:
-    """The size names that the lengths of the stacks are made of."""
-    found: set[str] = set()
-    for name in dict.fromkeys(call.block for stack in program.stacks for call, _ in calls(stack.ops)):
-        block = program.blocks[name]
-        try:
-            size = block.body.inputs_of("value")[0].type.shape[token_dim(block)]  # type: ignore[union-attr]
-        except IncrementalError:  # what flows through it has no token axis
-            continue
-        found |= sizes.names(sizes.read(size)) if isinstance(size, str) else set()
-    return found
 
 
 # HTML

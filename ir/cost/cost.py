@@ -8,7 +8,6 @@ from math import prod
 
 import sympy
 
-from depthc.ir import sizes as expressions
 from depthc.ir.cost.layers import owner_of
 from depthc.ir.cost.walk import as_written, walk_of
 from depthc.ir.errors import IncrementalError, InputError
@@ -59,14 +58,23 @@ class Cost:
     capacities: Mapping[str, sympy.Rational]
     unknown: Mapping[str, sympy.Expr]
 
+    @property
+    def names(self) -> set[str]:
+        """The sizes that it depends on, its capacities, and the sets whose size only the data decide."""
+        forms = (self.flops, self.cache_bytes or sympy.S.Zero, *self.unknown.values())
+        return {symbol.name for form in forms for symbol in form.free_symbols} | self.capacities.keys()
+
+    def among(self, sizes: Mapping[str, float]) -> dict[str, float]:
+        """Those of some sizes that it depends on."""
+        return {name: size for name, size in sizes.items() if name in self.names}
+
     def at(self, **sizes: float) -> Figures:
         """The cost at some sizes: `cost.at(b=1, s=2048)`; capacities and sets may be given by their names, too.
 
         Raises:
             InputError: a size is missing, or there is no such name.
         """
-        names = {s.name for e in (self.flops, self.cache_bytes or sympy.S.Zero) for s in e.free_symbols}
-        names |= {s.name for bound in self.unknown.values() for s in bound.free_symbols} | self.capacities.keys()
+        names = self.names
         for name in sizes.keys() - names:
             expected = ", ".join(sorted(names)) or "no sizes"
             remedy = f"use {closest(name, names)!r}" if names else "leave it out"
@@ -124,20 +132,3 @@ def _cost_of(program: Program, selection: str) -> Cost:
         walk.capacities,
         {name: as_written(bound) for name, bound in walk.unknown.items()},
     )
-
-
-def usual_sizes(program: Program, length: int = 2048) -> dict[str, int]:
-    """A batch of 1 and `length` tokens, or the nearest sizes that the program takes, for figures to be shown at."""
-    cost, signature = cost_of(program), program.signature
-    exprs = (cost.flops, cost.cache_bytes or sympy.S.Zero)
-    names = {s.name for e in exprs for s in e.free_symbols} - cost.capacities.keys() - cost.unknown.keys()
-    found: dict[str, int] = {}
-    for name in sorted(names):
-        low, high = signature.ranges.get(name, (1, None))
-        found[name] = max(low, min(1 if name == "b" else length, length if high is None else high))
-    guards = [text for text in signature.guards if expressions.names(expressions.read(text)) <= found.keys()]
-    for smaller in range(length):  # a length that a window must divide
-        at = {name: max(1, size - smaller) if name != "b" else size for name, size in found.items()}
-        if all(expressions.evaluate(guard, at) for guard in guards):
-            return at
-    return found
