@@ -261,7 +261,7 @@ def test_parameter_expressions() -> None:
         assert torch.equal(w[name], value_of(name, param, weights)), name
         assert w[name].dtype is torch.bfloat16
     assert w["tied"] is weights["c"]
-    found = state_map(replace(made, weights=weights | {"d": weights["a"]}))
+    found = state_map(made, replace(made, params={name: Param(square) for name in "abcd"}))
     assert found["parameters"]["left"]["from"] == 'svd_left(ref("a") - mean(ref("b"), ref("c")), 2)'
     assert found["parameters"]["a"] == {
         "shape": [4, 4],
