@@ -45,6 +45,12 @@ class Bisection:
     Attributes:
         differences: one a pass, in order.
         tolerance: what counts as equal.
+
+    Example:
+        >>> print(Bisection((Difference(1, "loop()", 0.0, True), Difference(2, "tie()", 0.25, False)), 1e-5))
+        1. loop(): 0
+        2. tie(): 0.25
+        first to differ: 2. tie() (tolerance 1e-05)
     """
 
     differences: tuple[Difference, ...]

@@ -25,6 +25,13 @@ class Explanation:
     Attributes:
         recipe: the passes.
         stages: the captured model, then the result of every pass; each has a `program` and a `cost`.
+
+    Example:
+        >>> import torch, depthc
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(4)])
+        >>> found = depthc.explain(model, "tie", args=(torch.ones(2, 5, 4),))
+        >>> [stage.cost.parameters for stage in found.stages]
+        [80, 40]
     """
 
     recipe: Recipe

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -190,3 +192,16 @@ def test_the_installed_command() -> None:
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("show", "explain", "compile", "bisect", "zoo", "demo"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["quickstart.md", "doors.md"])
+def test_commands_of_the_pages_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, page: str
+) -> None:
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^\$ depthc (.*)$", text, re.MULTILINE)
+    assert commands
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert said(capsys, *shlex.split(command))

@@ -21,8 +21,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
 # Each room may import from itself and from those before it.
 ROOMS = ["depthc.ir", "depthc.passes", "depthc.codegen", "depthc.runtime", "depthc"]
-PUBLIC = """CaptureError CheckpointError DepthError IncrementalError InputError OutlineError ParseError Program Recipe
-RecipeError RoutingError StateDictError SubsetError VerifyError capture compile generate load parse save""".split()
+PUBLIC = """Bisection CaptureError CheckpointError DepthError DumpError Explanation IncrementalError InputError MlirError
+OutlineError ParseError Program Recipe RecipeError RoutingError StateDictError SubsetError TargetError VerifyError
+bisect capture compile dump explain generate load parse save""".split()
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -81,7 +82,8 @@ def test_dependencies_point_downward(name: str, file: Path) -> None:
         where = f"{file.relative_to(ROOT)}:{line} imports {target}"
         top = target.split(".")[0]
         assert f"depthc.{top}" not in ROOMS, f"{where}; say depthc.{target}"
-        assert top != "transformers", f"{where}; structure decides, not the library"
+        # The command line builds the models that it is given the name of; nothing else knows of the library.
+        assert top != "transformers" or name == "depthc.targets", f"{where}; structure decides, not the library"
         if top == "depthc":
             assert room(target) <= room(name), f"{where}, which is above it"
 
@@ -130,7 +132,10 @@ def test_examples_in_docstrings(name: str) -> None:
         "docs/concepts.md",
         "docs/capture.md",
         "docs/ir.md",
+        "docs/doors.md",
+        "docs/dumps.md",
         "docs/kernels.md",
+        "docs/quickstart.md",
         "docs/recipes.md",
         "docs/saving.md",
         "docs/telemetry.md",
