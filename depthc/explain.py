@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from depthc.ir.capture import capture
-from depthc.ir.cost.layers import layers_of
+from depthc.ir.cost.layers import layers_of, stored_layers
 from depthc.ir.cost.sizes import sizes_of
 from depthc.passes.base import Pass
 from depthc.passes.pipeline import run_recipe
@@ -120,10 +120,10 @@ _ROWS = {
 
 
 def _figures(stage: Stage, at: Mapping[str, float]) -> dict[str, Any]:
-    layers, cost = layers_of(stage.program), stage.cost
+    cost = stage.cost
     return {
-        "layers_applied": len(layers),
-        "layers_stored": len({layer.weights for layer in layers}),
+        "layers_applied": len(layers_of(stage.program)),
+        "layers_stored": stored_layers(stage.program),
         **asdict(cost.at(**cost.among(at))),
         "flops_form": str(cost.flops),
         "cache_form": "" if cost.cache_bytes is None else str(cost.cache_bytes),

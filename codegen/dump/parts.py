@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from depthc.codegen.dump.sets import Sets, all_passes, applications
+from depthc.codegen.dump.sets import Sets, all_passes
 from depthc.codegen.dump.words import TIMES, Scope, brief, chosen, counted, inferred, planned
+from depthc.ir.cost.layers import applications
 from depthc.ir.liveness import reads_of, without_taps
 from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap, calls
 from depthc.ir.text.functions import walk

@@ -10,10 +10,11 @@ from depthc.codegen.dump.diff import diff_html
 from depthc.codegen.dump.figures import figures_html, rows_of
 from depthc.codegen.dump.key import key_html
 from depthc.codegen.dump.picture import picture
-from depthc.codegen.dump.sets import ParamSet, Sets, applications
+from depthc.codegen.dump.sets import ParamSet, Sets
 from depthc.codegen.dump.story import story
 from depthc.codegen.dump.style import style_of
 from depthc.codegen.dump.words import counted
+from depthc.ir.cost.layers import applications
 from depthc.ir.program import Program
 from depthc.passes.stages import Stage
 

@@ -13,10 +13,11 @@ from math import prod
 from string import ascii_lowercase, ascii_uppercase
 
 from depthc.codegen.dump.words import NO_VALUE, listed
-from depthc.ir.cost.cost import owner_of
+from depthc.codegen.state_map import sources
+from depthc.ir.cost.layers import applications, owner_of
 from depthc.ir.evaluate import indexed
-from depthc.ir.params import Expr, Init, Mean, Ref, Shuffle, Svd
-from depthc.ir.program import Call, Loop, On, Op, Program, Segment, Stack
+from depthc.ir.params import Expr, Init, Mean, Ref, Shuffle
+from depthc.ir.program import Call, Loop, Program, Segment, Stack
 from depthc.ir.text.functions import walk
 
 Tensor = tuple[str, Expr | None]  # the weight of a name, or what a name was made by
@@ -190,20 +191,6 @@ class Sets:
         return self._named(best) if best is not None and shares[best] * 2 > self._size(tensors) else None
 
 
-def applications(
-    ops: Sequence[Op], indices: Mapping[str, int] | None = None
-) -> Iterator[tuple[Call, Mapping[str, int]]]:
-    """Every application of a block in order, with the indices of the loops around it; at most MOST_PASSES a loop."""
-    for op in ops:
-        if isinstance(op, Call):
-            yield op, indices or {}
-        elif isinstance(op, Loop):
-            for index in range(passes_of(op)):
-                yield from applications(op.body, {**(indices or {}), op.index: index})
-        elif isinstance(op, On):
-            yield from applications(op.body, indices)
-
-
 def passes_of(loop: Loop) -> int:
     """How many passes of a loop are looked at; one where their number is not static."""
     return min(loop.count, MOST_PASSES) if isinstance(loop.count, int) else 1
@@ -218,20 +205,7 @@ def all_passes(loops: Sequence[Loop]) -> list[dict[str, int]]:
 def _origins(tensor: Tensor) -> Iterator[Tensor]:
     """The captured weights that a tensor is, or is made from."""
     name, expr = tensor
-    yield from [(name, None)] if expr is None else [(ref, None) for ref in _refs(expr)]
-
-
-def _refs(expr: Expr) -> Iterator[str]:
-    match expr:
-        case Ref(name=name):
-            yield name
-        case Mean(terms=terms):
-            for term in terms:
-                yield from _refs(term)
-        case Svd(a=a, b=b):
-            yield from (*_refs(a), *_refs(b))
-        case Shuffle(term=term):
-            yield from _refs(term)
+    yield from [(name, None)] if expr is None else [(ref, None) for ref in sources(expr)]
 
 
 def _made_of(kinds: Set[type], sources: Sequence[str]) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from depthc.codegen.dump.parts import Bracket, Cell, Part, Region, Strip, Tower, parts_of
-from depthc.codegen.dump.sets import Sets, applications
+from depthc.codegen.dump.sets import Sets
 from depthc.codegen.dump.words import TIMES, counted, listed
+from depthc.ir.cost.layers import applications
 from depthc.ir.program import Program, Stack
 
 NAMED = 12  # labels in a sentence

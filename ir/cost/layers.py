@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from depthc.ir.evaluate import indexed
 from depthc.ir.params import Ref
@@ -26,7 +27,7 @@ class Layer:
 
 
 def layers_of(program: Program) -> tuple[Layer, ...]:
-    """The applications of blocks in the order of execution; a loop that the data end counts once.
+    """The applications of blocks in the order of execution.
 
     Example:
         >>> import torch, depthc
@@ -35,20 +36,39 @@ def layers_of(program: Program) -> tuple[Layer, ...]:
         >>> [layer.weights[0] for layer in layers_of(compiled.program)]
         ['0.weight', '1.weight', '0.weight', '1.weight']
     """
-    return tuple(layer for stack in program.stacks for layer in _layers(program, stack.ops, {}))
+    found = []
+    for call, indices in (pair for stack in program.stacks for pair in applications(stack.ops)):
+        names = (indexed(name, indices) for name in call.params)
+        found.append(Layer(call, indices, tuple(owner_of(program, name) for name in names)))
+    return tuple(found)
 
 
-def _layers(program: Program, ops: Sequence[Op], indices: Mapping[str, int]) -> Iterator[Layer]:
+def stored_layers(program: Program) -> int:
+    """How many layers a program holds: two that have more than half of their numbers in common count once."""
+    sizes = {owner_of(program, name): prod(param.type.sizes({})) for name, param in program.params.items()}
+    kept: list[set[str]] = []
+    for weights in dict.fromkeys(layer.weights for layer in layers_of(program)):
+        own = set(weights)
+        whole = sum(sizes[name] for name in own)
+        if not any(2 * sum(sizes[name] for name in own & other) > whole for other in kept):
+            kept.append(own)
+    return len(kept)
+
+
+def applications(
+    ops: Sequence[Op], indices: Mapping[str, int] | None = None
+) -> Iterator[tuple[Call, Mapping[str, int]]]:
+    """Every application of a block in order, with the indices of the loops around it; a loop whose number of passes is
+    not known counts once."""
     for op in ops:
         match op:
             case Call():
-                names = (indexed(name, indices) for name in op.params)
-                yield Layer(op, indices, tuple(owner_of(program, name) for name in names))
+                yield op, indices or {}
             case On():
-                yield from _layers(program, op.body, indices)
+                yield from applications(op.body, indices)
             case Loop():
                 for index in range(op.count if isinstance(op.count, int) else 1):
-                    yield from _layers(program, op.body, {**indices, op.index: index})
+                    yield from applications(op.body, {**(indices or {}), op.index: index})
 
 
 def owner_of(program: Program, name: str) -> str:
