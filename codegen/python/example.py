@@ -8,12 +8,13 @@ from itertools import islice, product
 import torch
 from torch import fx
 
-from depthc.codegen.python.pieces import entry, folded, line
+from depthc.codegen.python.pieces import entry, folded
 from depthc.ir import sizes
 from depthc.ir.errors import StateDictError
 from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd
 from depthc.ir.program import Program, Segment
 from depthc.ir.signature import Signature
+from depthc.ir.text.fold import line
 from depthc.ir.types import Type
 
 aten = torch.ops.aten

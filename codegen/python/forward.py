@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from depthc.codegen.python.functions import PythonFunction
-from depthc.codegen.python.pieces import Piece, entry, folded, joined, line
+from depthc.codegen.python.pieces import entry, folded
 from depthc.ir.names import Names
 from depthc.ir.params import STEP
 from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.selection import parse_rule
 from depthc.ir.signature import Leaf
 from depthc.ir.sizes import Size
-from depthc.ir.text.fold import Statement, number, words
+from depthc.ir.text.fold import Piece, Statement, joined, line, number, words
 from depthc.ir.text.functions import bound_name, function_key, prefix_of, walk
 from depthc.ir.text.printer import wrap
 from depthc.ir.text.syntax import WIDTH, literal_syntax, string, type_text

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from depthc.codegen.python.pieces import Piece, entry, folded, joined, line
+from depthc.codegen.python.pieces import entry, folded
 from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd
 from depthc.ir.program import Program
-from depthc.ir.text.fold import number
+from depthc.ir.text.fold import Piece, joined, line, number
 from depthc.ir.text.printer import wrap
 from depthc.ir.types import Type
 

@@ -6,21 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from depthc.ir.text.fold import Linear, Statement, Words, fold, words, write
-
-Piece = str | Words
-
-
-def line(*pieces: Piece) -> Statement:
-    """A statement of one line."""
-    return Statement(tuple(pieces))
-
-
-def joined(parts: Iterable[Sequence[Piece]], trailing: bool = False) -> list[Piece]:
-    """Parts with commas between them; `trailing`: one behind a single part, as in a tuple."""
-    all_parts = list(parts)
-    found = [piece for at, part in enumerate(all_parts) for piece in (*([", "] if at else []), *part)]
-    return [*found, ","] if trailing and len(all_parts) == 1 else found
+from depthc.ir.text.fold import Linear, Piece, Statement, Words, fold, words, write
 
 
 def entry(name: str, key: str) -> list[Piece]:

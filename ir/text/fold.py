@@ -11,7 +11,7 @@ import ast
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -53,6 +53,21 @@ class Statement:
 
     line: tuple[str | Words, ...]
     body: tuple[Statement, ...] = ()
+
+
+Piece = str | Words
+
+
+def line(*pieces: Piece) -> Statement:
+    """A statement of one line."""
+    return Statement(tuple(pieces))
+
+
+def joined(parts: Iterable[Sequence[Piece]], trailing: bool = False) -> list[Piece]:
+    """Parts with commas between them; `trailing`: one behind a single part, as in a tuple."""
+    every = list(parts)
+    found = [piece for at, part in enumerate(every) for piece in (*([", "] if at else []), *part)]
+    return [*found, ","] if trailing and len(every) == 1 else found
 
 
 def words(kind: Literal["string", "value", "slot"], text: str) -> Words:

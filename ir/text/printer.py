@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.signature import Leaf, Signature
-from depthc.ir.text.fold import Statement, Words, fold, number, words, write
+from depthc.ir.text.fold import Piece, Statement, fold, joined, line, number, words, write
 from depthc.ir.text.functions import Function, bound_name, collect, derived_params, function_key, prefix_of, walk
 from depthc.ir.text.print_body import BodyText
 from depthc.ir.text.syntax import (
@@ -30,7 +30,6 @@ from depthc.ir.text.syntax import (
 )
 from depthc.ir.text.trees import Path, TreeWriter, leaf_name, qualified
 
-Piece = str | Words
 _Parts = list[Sequence[Piece]]
 
 
@@ -72,7 +71,7 @@ class _Printer:
         yield f"def {function.label}({', '.join(text.parameters)}):"
         infos = function.body.inputs_of("param")
         declared = zip(function.slots, infos, function.kinds, strict=True)
-        slots = [_line(words("slot", slot), f": {_declared(info.type, kind)}") for slot, info, kind in declared]
+        slots = [line(words("slot", slot), f": {_declared(info.type, kind)}") for slot, info, kind in declared]
         yield from self._write(slots)
         infos = function.body.inputs_of("const")
         consts = zip(unique(i.name for i in infos), infos, strict=True)
@@ -124,7 +123,7 @@ class _Printer:
     # ops
 
     def _ops(self, ops: Iterable[Op | Stack]) -> tuple[Statement, ...]:
-        return tuple(map(self._op, ops)) or (_line("pass"),)
+        return tuple(map(self._op, ops)) or (line("pass"),)
 
     def _op(self, op: Op | Stack) -> Statement:
         match op:
@@ -136,7 +135,7 @@ class _Printer:
                 function = self.functions[function_key(op)]
                 own_name: _Parts = [["name=", words("string", op.name)]] if op.name != function.name else []
                 own_name += [["precise=True"]] if op.precise else []
-                return _line(*_targets(op.writes), *self._apply(function, op.reads, op.params, own_name))
+                return line(*_targets(op.writes), *self._apply(function, op.reads, op.params, own_name))
             case Loop():
                 until: list[Piece] = [", until=", words("value", op.until)] if op.until is not None else []
                 head = f"for {op.index} in loop({ast.unparse(size_syntax(op.count))}"
@@ -148,28 +147,28 @@ class _Printer:
                 parts += [["inference=", words("string", op.inference)]] if op.inference is not None else []
                 names = {"judge": op.judge, "within": op.within}
                 parts += [[f"{k}=", words("value", v)] for k, v in names.items() if v is not None]
-                return _line(*_targets([op.write]), "select(", *_joined(parts), ")")
+                return line(*_targets([op.write]), "select(", *joined(parts), ")")
             case On():
                 parts = [[words("value", op.tokens)], ["reads=", *_tuple(op.reads)], ["writes=", *_tuple(op.writes)]]
-                return Statement(("with on(", *_joined(parts), "):"), self._ops(op.body))
+                return Statement(("with on(", *joined(parts), "):"), self._ops(op.body))
             case Merge():
                 return self._merge(op)
             case Tap():
-                return _line("tap(", words("string", op.name), ", ", words("value", op.read), ")")
+                return line("tap(", words("string", op.name), ", ", words("value", op.read), ")")
         raise TypeError(f"not an op: {op!r}")
 
     def _call(self, op: Call) -> Statement:
         function = self.functions["block", op.block]
         options: list[Sequence[Piece]] = []
         if op.consts:
-            options.append(["c=(", *_joined([[number(c)] for c in op.consts], trailing=True), ")"])
+            options.append(["c=(", *joined([[number(c)] for c in op.consts], trailing=True), ")"])
         if op.kv:
-            options.append(["kv=(", *_joined([_kv(plan) for plan in op.kv], trailing=True), ")"])
+            options.append(["kv=(", *joined([_kv(plan) for plan in op.kv], trailing=True), ")"])
         if op.grad is not None:
             options.append(["grad=", words("string", op.grad)])
         if op.layer and op.layer != prefix_of(function.slots, op.params):
             options.append(["layer=", words("string", op.layer)])
-        return _line(*_targets(op.writes), *self._apply(function, op.reads, op.params, options))
+        return line(*_targets(op.writes), *self._apply(function, op.reads, op.params, options))
 
     def _merge(self, op: Merge) -> Statement:
         parts: list[Sequence[Piece]] = [[words("value", v)] for v in (op.read, op.value, op.tokens)]
@@ -178,44 +177,31 @@ class _Printer:
             parts.append([f"combine={function.label}"])
             parts += [["extra=", *_tuple(op.extra)]] if op.extra else []
             parts += _weights(function.slots, op.params)
-        return _line(*_targets([op.write]), "merge(", *_joined(parts), ")")
+        return line(*_targets([op.write]), "merge(", *joined(parts), ")")
 
     def _apply(
         self, function: Function, reads: Sequence[str], params: Sequence[str], options: Sequence[Sequence[Piece]]
     ) -> list[Piece]:
         parts = [[words("value", r)] for r in reads]
-        return [f"{function.label}(", *_joined([*parts, *_weights(function.slots, params), *options]), ")"]
+        return [f"{function.label}(", *joined([*parts, *_weights(function.slots, params), *options]), ")"]
 
 
 # pieces of lines
 
 
-def _line(*pieces: Piece) -> Statement:
-    return Statement(tuple(pieces))
-
-
-def _joined(parts: Iterable[Sequence[Piece]], trailing: bool = False) -> list[Piece]:
-    """Parts with commas between them; `trailing`: one behind a single part, as in a tuple."""
-    joined: list[Piece] = []
-    count = 0
-    for count, part in enumerate(parts, 1):
-        joined += [*([", "] if count > 1 else []), *part]
-    return [*joined, ","] if trailing and count == 1 else joined
-
-
 def _tuple(names: Iterable[str]) -> list[Piece]:
-    return ["(", *_joined([[words("value", n)] for n in names], trailing=True), ")"]
+    return ["(", *joined([[words("value", n)] for n in names], trailing=True), ")"]
 
 
 def _targets(writes: Sequence[str]) -> list[Piece]:
-    return [*_joined([[words("value", n)] for n in writes]), " = "] if writes else []
+    return [*joined([[words("value", n)] for n in writes]), " = "] if writes else []
 
 
 def _weights(slots: Sequence[str], params: Sequence[str]) -> list[list[Piece]]:
     """`w=` of an application: a prefix, and what does not follow it; nothing where every slot names its parameter."""
     prefix = prefix_of(slots, params)
     others = [(s, p) for s, p in zip(slots, params, strict=False) if p != bound_name(prefix or "", s)]
-    entries = _joined([[words("string", s), ": ", words("string", p)] for s, p in others])
+    entries = joined([[words("string", s), ": ", words("string", p)] for s, p in others])
     if prefix:
         return [["w=", words("string", prefix), *([" | {", *entries, "}"] if others else [])]]
     return [["w={", *entries, "}"]] if others else []
@@ -248,7 +234,7 @@ def _declared(type: object, kind: str) -> str:
 
 def _param(path: str, param: Param) -> Statement:
     value = [" = ", *_expr(param.expr)] if param.expr is not None else []
-    return _line(words("slot", path), f": {_declared(param.type, param.kind)}", *value)
+    return line(words("slot", path), f": {_declared(param.type, param.kind)}", *value)
 
 
 def _expr(expr: Expr) -> list[Piece]:
@@ -256,7 +242,7 @@ def _expr(expr: Expr) -> list[Piece]:
         case Ref(name=path):
             return ["ref(", words("string", path), ")"]
         case Mean(terms=terms):
-            return ["mean(", *_joined(map(_expr, terms)), ")"]
+            return ["mean(", *joined(map(_expr, terms)), ")"]
         case Svd(side=side, a=a, b=b, rank=rank):
             return [f"svd_{side}(", *_expr(a), " - ", *_expr(b), ", ", number(rank), ")"]
         case Init(type=type, law=law, seed=seed):
@@ -275,7 +261,7 @@ def expr_text(expr: Expr) -> str:
         >>> expr_text(Mean((Ref("a"), Ref("b"))))
         'mean(ref("a"), ref("b"))'
     """
-    return next(write([_line(*_expr(expr))], set()))
+    return next(write([line(*_expr(expr))], set()))
 
 
 # long lines
