@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import SymInt, Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -33,6 +35,7 @@ aten = torch.ops.aten
 
 _OWNED = re.compile(r"\._(parameters|buffers)\['[^']+'\]$")
 _PATH = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+_STATE = re.compile(r"torch\._C$|torch(\._C)?\._(functorch|autograd)\b")  # such as the levels of vmap
 _ENTER_AUTOCAST, _EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
 
@@ -60,7 +63,8 @@ def trace_dynamo(module: fx.GraphModule) -> DynamoTrace:
     Dropout is as Dynamo found it; the mode says which rule selects tokens.
 
     Raises:
-        CaptureError: ops in place, higher-order ops, a change of autocast, numbers that vary and are no sizes.
+        CaptureError: inputs changed in place, higher-order ops, vmap, changes of autocast, numbers that vary and are
+            no sizes.
     """
     return _Lowering(module).traced()
 
@@ -99,6 +103,8 @@ class _Lowering:
             elif node.op != "placeholder":
                 _refuse(f"the graph has a node of the kind {node.op}", node, expected="parameters as inputs, and calls")
         count = self._output(output)
+        if any(mutates(n.target) for n in self.graph.nodes):
+            self.graph = self._functional()
         known = self._known()
         self._read_sizes(known)
         signature = self._signature(count)
@@ -195,6 +201,8 @@ class _Lowering:
             return None
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             _refuse(f"there is a higher-order op: {node.target}", node, "torch functions")
+        if _STATE.match(str(getattr(node.target, "__module__", ""))):
+            _refuse(f"the state of torch is changed: {node.target.__name__}", node, "functions of tensors")
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
         if node.target in (operator.getitem, getattr) and not isinstance(args[0], fx.Node):
             return node.target(*args)  # one of several results
@@ -253,8 +261,9 @@ class _Lowering:
             first = str(error).strip().split("\n", 1)[0]
             _refuse(f"{node.target} does not trace: {type(error).__name__}: {first}", node)
         ops = [n for n in made.graph.nodes if n.op == "call_function"]
-        if changed := next((n for n in ops if mutates(n.target)), None):
-            _refuse(f"a tensor is changed in place ({changed.target})", node, "ops that return new tensors")
+        changed = next((n for n in ops if mutates(n.target)), None)
+        if changed is not None and self.trains and not self.grad:
+            _refuse(f"a tensor is changed in place under no_grad ({changed.target})", node)
         if specs[-1].num_leaves == 0:
             _refuse(f"{node.target} returns nothing", node, "functions without side effects")
         return made, specs[-1]
@@ -292,6 +301,30 @@ class _Lowering:
         made = self.graph.output(())
         made.args = (tuple(computed(self.graph, made, result) for result in results),)
         return len(results)
+
+    def _functional(self) -> fx.Graph:
+        """The graph without ops in place. It is traced as a whole, for any tensor may share memory with another."""
+        old = [n for n in self.graph.nodes if n.op == "placeholder"]
+        module, values = fx.GraphModule(nn.Module(), self.graph), [n.meta["val"] for n in old]
+        try:
+            with tracing(TracingContext(self.mode)):
+                module, signature = aot_export_module(
+                    module, values, trace_joint=False, pre_dispatch=True, decompositions={}
+                )
+        except Exception as error:  # whatever an op may raise
+            first = str(error).strip().split("\n", 1)[0]
+            _refuse(f"it changes tensors in place, and does not trace: {type(error).__name__}: {first}")
+        new = [n for n in module.graph.nodes if n.op == "placeholder"]
+        named = {n.name: before for n, before in zip(new, old, strict=True)}
+        for changed in signature.user_inputs_to_mutate.values():
+            before = named[changed]
+            what = before.meta.get("param") or before.meta.get("value")
+            _refuse(f"the model changes {what!r} in place when it runs", expected="a forward without side effects")
+        for n, before in zip(new, old, strict=True):
+            n.meta = dict(before.meta)
+        output = next(iter(reversed(module.graph.nodes)))
+        output.args = (tuple(computed(module.graph, output, result) for result in output.args[0]),)
+        return module.graph
 
     def _signature(self, count: int) -> Signature:
         names = tuple(leaf.name for leaf in self.leaves)
