@@ -136,7 +136,7 @@ def _compiler(inner: str, mode: str | None) -> Callable[..., Any]:
     if mode is not None and (mode not in modes or inner != "inductor"):
         remedy = f"use {closest(mode, modes)!r} with Inductor, or leave it out"
         raise InputError("there is no such mode", expected=", ".join(modes), found=mode, remedy=remedy)
-    found = lookup_backend(inner)
+    found: Callable[..., Any] = lookup_backend(inner)
     if inner != "inductor":
         return found
     patches = {**modes.get(mode or "", {}), "keep_output_stride": True}  # the next body is compiled for these strides

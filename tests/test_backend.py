@@ -200,7 +200,13 @@ def by_length(_: Any, x: Tensor) -> Tensor:
     return x / x.shape[1] ** 0.5 + torch.tensor([0.5] * WIDTH)
 
 
-@pytest.mark.parametrize("between", [without_gradient, by_length])
+def in_place(_: Any, x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, 1:].mul_(2)
+    return y.add_(x)
+
+
+@pytest.mark.parametrize("between", [without_gradient, by_length, in_place])
 def test_around_the_layers(between: Callable[..., Tensor], compiled: list[fx.GraphModule]) -> None:
     model = seeded(lambda: Around(between))
     function = through(model)
@@ -259,8 +265,15 @@ def test_numbers_that_differ_between_layers(compiled: list[fx.GraphModule]) -> N
 # what is compiled as it is
 
 
-def in_place(_: Any, x: Tensor) -> Tensor:
-    return x.clone().mul_(2)
+def in_place_without_gradient(_: Any, x: Tensor) -> Tensor:
+    y = x * 1
+    with torch.no_grad():
+        y.mul_(2)
+    return y
+
+
+def batched(_: Any, x: Tensor) -> Tensor:
+    return torch.vmap(torch.sin)(x)
 
 
 def cast_within(_: Any, x: Tensor) -> Tensor:
@@ -277,9 +290,10 @@ def checkpointed(_: Any, x: Tensor) -> Tensor:
 
 
 AS_IT_IS = {
-    in_place: "in place",
+    in_place_without_gradient: "in place under no_grad",
     cast_within: "autocast",
-    running: "in place",
+    running: "changes 'norm.",
+    batched: "the state of torch is changed",
     checkpointed: "higher-order op",
 }
 
@@ -325,8 +339,8 @@ def test_a_recipe_that_changes_the_parameters_names_the_other_door() -> None:
 
 @pytest.mark.slow
 def test_a_recipe_that_keeps_the_parameters_trains() -> None:
-    """Half of the tokens in two layers, and no parameter more or less."""
-    model, recipe = seeded(lambda: Stacked(Spec(depth=3))), "keep(capacities=(1.0, 0.5, 0.5))"
+    """Half of the tokens in one layer, and no parameter more or less."""
+    model, recipe = seeded(lambda: Stacked(Spec(depth=2))), "keep(capacities=(1.0, 0.5))"
     x = ids(2, 6)
     other = depthc.compile(model, recipe, (x,)).train()
     found, grads = gradients(Called(model, through(model, recipe=recipe, dynamic=True)), (x,), {})
@@ -335,7 +349,7 @@ def test_a_recipe_that_keeps_the_parameters_trains() -> None:
     assert grads.keys() == wanted.keys()
     assert max(difference(grads[name], wanted[name]) for name in wanted) <= SAME
     assert not torch.equal(expected, model(x))
-    error = refused(model, x, recipe=recipe, dynamic=False)
+    error = refused(model, ids(2, 6), recipe=recipe, dynamic=False)  # export has marked the sizes of `x`
     assert "any length" in str(error)
 
 

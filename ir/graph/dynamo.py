@@ -1,26 +1,25 @@
 """Dynamo's graph before AOT autograd as a trace: what torch.compile hands a backend, in the form that export's takes.
 
-Dynamo writes torch functions and methods, and lifts parameters to inputs. Every call becomes ATen ops here. Calls that
-are alike (one function of arguments of the same types) are traced once, so the time hardly grows with the depth. What
-is private about Dynamo's graphs is known in this file only.
+Dynamo writes torch functions and methods, and lifts parameters to inputs. Every call becomes ATen ops here. What is
+private about Dynamo's graphs is known in this file only.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from depthc.ir.certificate import argument_text
-from depthc.ir.errors import CaptureError
+from depthc.ir.graph.calls import Calls, refuse
 from depthc.ir.graph.canonical import canonicalize, inline
 from depthc.ir.graph.export import mutates
 from depthc.ir.graph.size_nodes import SizeEmitter, SizeNames, source_of
@@ -33,6 +32,7 @@ aten = torch.ops.aten
 
 _OWNED = re.compile(r"\._(parameters|buffers)\['[^']+'\]$")
 _PATH = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+_STATE = re.compile(r"torch\._C$|torch(\._C)?\._(functorch|autograd)\b")  # such as the levels of vmap
 _ENTER_AUTOCAST, _EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
 
@@ -60,7 +60,8 @@ def trace_dynamo(module: fx.GraphModule) -> DynamoTrace:
     Dropout is as Dynamo found it; the mode says which rule selects tokens.
 
     Raises:
-        CaptureError: ops in place, higher-order ops, a change of autocast, numbers that vary and are no sizes.
+        CaptureError: inputs changed in place, higher-order ops, vmap, changes of autocast, numbers that vary and are
+            no sizes.
     """
     return _Lowering(module).traced()
 
@@ -74,20 +75,21 @@ class _Lowering:
         self.fakes = tuple(n.meta.get("example_value") for n in self.placeholders)
         tensors = [fake for fake in self.fakes if isinstance(fake, FakeTensor)]
         if not tensors or any(fake is None for fake in self.fakes):
-            _refuse("an input of the graph has no example", expected="a graph of tensors, as Dynamo makes it")
+            refuse("an input of the graph has no example", expected="a graph of tensors, as Dynamo makes it")
         self.mode = tensors[-1].fake_mode
         self.values: dict[fx.Node, Any] = {}  # what became of Dynamo's nodes: nodes of `graph`, in trees, and numbers
         self.names, self.unique = SizeNames(), Names()
         self.params: dict[str, Param] = {}
         self.weights: dict[str, Tensor] = {}
         self.leaves: list[Leaf] = []
-        self.calls: dict[str, tuple[fx.GraphModule, pytree.TreeSpec]] = {}
+        self.calls = Calls(self.mode)
         self.trains = self.grad = torch.is_grad_enabled()
         self.follows: set[fx.Node] = set()  # what depends on something that takes a gradient
+        self.changed = False  # whether something of it was written into another tensor
 
     def traced(self) -> DynamoTrace:
         inputs = tuple(self._input(node, fake) for node, fake in zip(self.placeholders, self.fakes, strict=True))
-        output = None
+        output: fx.Node | None = None
         for node in self.module.graph.nodes:
             if node.op in ("call_function", "call_method"):
                 self.values[node] = self._call(node)
@@ -97,8 +99,11 @@ class _Lowering:
                 if isinstance(getattr(self.module, str(node.target), None), Tensor):
                     self.values[node] = self._constant(self.module, node)
             elif node.op != "placeholder":
-                _refuse(f"the graph has a node of the kind {node.op}", node, expected="parameters as inputs, and calls")
+                refuse(f"the graph has a node of the kind {node.op}", node, expected="parameters as inputs, and calls")
+        assert output is not None
         count = self._output(output)
+        if any(mutates(n.target) for n in self.graph.nodes):
+            self.graph = self._functional()
         known = self._known()
         self._read_sizes(known)
         signature = self._signature(count)
@@ -130,7 +135,8 @@ class _Lowering:
             self.params[name] = Param(tensor_type(fake, self.names), kind)
             return "param", name
         for dim, size in enumerate(fake.shape):
-            for symbol in sorted(size.node.expr.free_symbols, key=str) if isinstance(size, SymInt) else ():
+            symbols: Any = size.node.expr.free_symbols if isinstance(size, SymInt) else ()
+            for symbol in sorted(symbols, key=str):
                 self.names.declare(symbol, (symbol,), batch=dim == 0)
         name = made.meta["value"] = self.unique.new((re.findall(r"\w+", source) or ["x"])[-1])
         self.leaves.append(Leaf(name, tensor_type(fake, self.names)))
@@ -160,7 +166,7 @@ class _Lowering:
             for node in nodes:
                 size = self.names.of(node.meta["val"])
                 if node.users and not emitter.can(size):
-                    _refuse("a number that varies is an input of the graph", next(iter(node.users)), "sizes of tensors")
+                    refuse("a number that varies is an input of the graph", next(iter(node.users)), "sizes of tensors")
                 made = emitter.emit(size) if node.users else 0
                 if isinstance(made, fx.Node):
                     made.meta["val"] = node.meta["val"]
@@ -184,86 +190,47 @@ class _Lowering:
         """What a call of a torch function or method becomes: nodes in the structure of its result."""
         if (number := _number(node)) is not None:
             return number
+        if node.target is torch._C._log_api_usage_once:
+            return None
         if node.target is torch._C._set_grad_enabled:
             if node.args[0] and not self.trains:
-                _refuse("gradients are switched on within no_grad", node)
+                refuse("gradients are switched on within no_grad", node)
             self.grad = bool(node.args[0])
             return None
         if node.target in (_ENTER_AUTOCAST, _EXIT_AUTOCAST):
-            if node.target is _ENTER_AUTOCAST and (node.args[2] or torch.is_autocast_enabled(node.args[0])):
-                _refuse("autocast is switched on or off within the graph", node, "one autocast around all of it")
+            if node.target is _ENTER_AUTOCAST and (node.args[2] or torch.is_autocast_enabled(str(node.args[0]))):
+                refuse("autocast is switched on or off within the graph", node, "one autocast around all of it")
             return None
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            _refuse(f"there is a higher-order op: {node.target}", node, "torch functions")
+            refuse(f"there is a higher-order op: {node.target}", node, "torch functions")
+        if _STATE.match(str(getattr(node.target, "__module__", ""))):
+            refuse(f"the state of torch is changed: {node.target.__name__}", node, "functions of tensors")
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.values.__getitem__)
         if node.target in (operator.getitem, getattr) and not isinstance(args[0], fx.Node):
-            return node.target(*args)  # one of several results
+            return node.target(*args)  # type: ignore[arg-type]  # one of several results
         return self._lowered(node, args, kwargs)
 
     def _lowered(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        operands: dict[fx.Node, str] = {}
-
-        def operand(n: fx.Node) -> str:
-            return operands.setdefault(n, f"%{len(operands)}:{_text(n.meta['val'])}")
-
-        name = node.target if isinstance(node.target, str) else f"{node.target.__module__}.{node.target!r}"
-        key = f"{name}{argument_text(args, operand)}{argument_text(sorted(kwargs.items()), operand)}"
-        if key not in self.calls:
-            self.calls[key] = self._traced(node, args, kwargs, list(operands))
-        template, spec = self.calls[key]
-        copies: dict[fx.Node, fx.Node] = {}
-        feed = iter(operands)
-        for n in template.graph.nodes:
-            if n.op == "placeholder":
-                copies[n] = next(feed)
-            elif n.op == "get_attr":
-                copies[n] = self._constant(template, n)
-            elif n.op == "call_function":
-                copies[n] = self.graph.node_copy(n, copies.__getitem__)
-                origin = {k: node.meta[k] for k in ("stack_trace", "nn_module_stack") if k in node.meta}
-                copies[n].meta = {"val": n.meta["val"], **origin}
-        results = [copies.get(leaf, leaf) for leaf in next(iter(reversed(template.graph.nodes))).args[0]]
-        if self.trains and not self.follows.isdisjoint(operands):
-            if self.grad:
-                self.follows.update(copies.values())
-            else:
-                results = [self._detached(result) for result in results]
-        return pytree.tree_unflatten(results, spec)
-
-    def _traced(
-        self, node: fx.Node, args: Any, kwargs: Any, operands: Sequence[fx.Node]
-    ) -> tuple[fx.GraphModule, pytree.TreeSpec]:
-        """A call as a graph of ATen ops over its operands, and the structure of its result."""
-        specs: list[pytree.TreeSpec] = []
-
-        def run(*given: Any) -> list[Any]:
-            own, named = fx.map_arg((args, kwargs), dict(zip(operands, given, strict=True)).__getitem__)
-            method = node.op == "call_method"
-            out = getattr(own[0], node.target)(*own[1:], **named) if method else node.target(*own, **named)
-            leaves, spec = pytree.tree_flatten(out)
-            specs.append(spec)
-            return leaves
-
-        try:
-            with self.mode, torch.no_grad():
-                # tensors of their own: calls that are alike share their examples
-                values = [v.detach() if isinstance(v := n.meta["val"], Tensor) else v for n in operands]
-                made = make_fx(run, pre_dispatch=True)(*values)
-        except Exception as error:  # whatever an op may raise
-            first = str(error).strip().split("\n", 1)[0]
-            _refuse(f"{node.target} does not trace: {type(error).__name__}: {first}", node)
-        ops = [n for n in made.graph.nodes if n.op == "call_function"]
-        if changed := next((n for n in ops if mutates(n.target)), None):
-            _refuse(f"a tensor is changed in place ({changed.target})", node, "ops that return new tensors")
-        if specs[-1].num_leaves == 0:
-            _refuse(f"{node.target} returns nothing", node, "functions without side effects")
-        return made, specs[-1]
+        call = self.calls.call(node, args, kwargs)
+        copies = call.copy(self.graph, self._constant)
+        for copy in copies.values():
+            copy.meta |= {k: node.meta[k] for k in ("stack_trace", "nn_module_stack") if k in node.meta}
+        results = [copies.get(leaf, leaf) for leaf in call.results]
+        follows = self.trains and (self.changed or not self.follows.isdisjoint(call.operands))
+        if follows and self.grad:
+            self.follows.update(copies.values())
+            self.changed = self.changed or call.changes  # then a tensor may follow that shares memory with an operand
+        if follows and not self.grad:
+            if call.changes:
+                refuse("a tensor is changed in place under no_grad", node)
+            results = [self._detached(result) for result in results]
+        return pytree.tree_unflatten(results, call.structure)
 
     def _constant(self, template: fx.GraphModule, node: fx.Node) -> fx.Node:
         """A tensor that a call makes of numbers, as an input."""
         value = getattr(template, str(node.target))
         if isinstance(value, FakeTensor):
-            _refuse("a constant has no data", node)
+            refuse("a constant has no data")
         name = f"depth.constants.{len(self.weights)}"
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
@@ -285,13 +252,39 @@ class _Lowering:
 
     def _output(self, output: fx.Node) -> int:
         """Make the graph's output; returns how many results it has."""
-        results = fx.map_arg(output.args[0], self.values.__getitem__)
+        results: Any = fx.map_arg(output.args[0], self.values.__getitem__)
         for result in results:
             if not isinstance(result, fx.Node) or not isinstance(result.meta["val"], Tensor):
-                _refuse("the graph returns a number", output, "tensors")
+                refuse("the graph returns a number", output, "tensors")
         made = self.graph.output(())
         made.args = (tuple(computed(self.graph, made, result) for result in results),)
         return len(results)
+
+    def _functional(self) -> fx.Graph:
+        """The graph without ops in place. It is traced as a whole, for any tensor may share memory with another."""
+        old = [n for n in self.graph.nodes if n.op == "placeholder"]
+        module: Any = fx.GraphModule(nn.Module(), self.graph)
+        values = [n.meta["val"] for n in old]
+        try:
+            with tracing(TracingContext(self.mode)):
+                module, signature = aot_export_module(
+                    module, values, trace_joint=False, pre_dispatch=True, decompositions={}
+                )
+        except Exception as error:  # whatever an op may raise
+            first = str(error).strip().split("\n", 1)[0]
+            refuse(f"it changes tensors in place, and does not trace: {type(error).__name__}: {first}")
+        new = [n for n in module.graph.nodes if n.op == "placeholder"]
+        named = {n.name: before for n, before in zip(new, old, strict=True)}
+        for changed in signature.user_inputs_to_mutate.values():
+            before = named[changed]
+            what = before.meta.get("param") or before.meta.get("value")
+            refuse(f"the model changes {what!r} in place when it runs", expected="a forward without side effects")
+        for n, before in zip(new, old, strict=True):
+            n.meta = dict(before.meta)
+        output = next(iter(reversed(module.graph.nodes)))
+        results: Any = output.args[0]
+        output.args = (tuple(computed(module.graph, output, result) for result in results),)
+        return module.graph
 
     def _signature(self, count: int) -> Signature:
         names = tuple(leaf.name for leaf in self.leaves)
@@ -332,21 +325,5 @@ def _number(node: fx.Node) -> float | None:
     kind = getattr(source, "guard_source", None)
     kind = kind() if callable(kind) else kind
     if kind is None or not (kind.is_unspecialized_nn_module() or kind.is_unspecialized_builtin_nn_module()):
-        _refuse("a floating-point number that varies is an input of the graph", node, "attributes of modules")
+        refuse("a floating-point number that varies is an input of the graph", node, "attributes of modules")
     return float(node.meta["example_value"])
-
-
-def _text(value: Any) -> str:
-    """What of an operand the ops of a call depend on."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
-    return f"{type(value).__name__} {value}"
-
-
-def _refuse(what: str, node: fx.Node | None = None, expected: str = "") -> NoReturn:
-    raise CaptureError(
-        f"the graph of torch.compile cannot be rewritten: {what}",
-        where=source_of(node) if node is not None else "",
-        expected=expected,
-        remedy="leave the recipe out, and Inductor compiles the graph as it is; or use depthc.compile(model, recipe)",
-    )
