@@ -91,6 +91,18 @@ def index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
     return aten.index.Tensor(x.reshape(shape), [*[None] * first, flat])
 
 
+def cummax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The largest element so far, and the last place where it is: every pair of places is compared."""
+    dim %= x.dim()
+    moved = x.movedim(dim, -1).unsqueeze(-2)
+    places = torch.arange(x.shape[dim], device=x.device)
+    so_far = places <= places.unsqueeze(-1)
+    least = torch.finfo(x.dtype).min if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
+    values = torch.where(so_far, moved, least).amax(-1)
+    last = torch.where(so_far & (moved == values.unsqueeze(-1)), places, 0).amax(-1)
+    return values.movedim(-1, dim), last.movedim(-1, dim)
+
+
 REPLACED: Mapping[Any, Decomposition] = {
     aten.scaled_dot_product_attention.default: attention,
     aten.reshape.default: reshape,
@@ -99,6 +111,7 @@ REPLACED: Mapping[Any, Decomposition] = {
     aten.index.Tensor: index,
     aten.flatten.using_ints: flatten,
     aten.unflatten.int: unflatten,
+    aten.cummax.default: cummax,
     # It becomes a sort that leaves equal elements in their order anyway.
     aten.sort.stable: lambda x, *, stable=True, dim=-1, descending=False: aten.sort.default(x, dim, descending),
     # Their way to linalg ends at booleans.

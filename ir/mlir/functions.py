@@ -25,7 +25,7 @@ class Functions:
         class Importer(GraphNodeImporter):
             """Remembers which op it is at."""
 
-            def import_nodes(inner, nodes: Any, **options: Any) -> None:  # noqa: N805
+            def import_nodes(inner, nodes: Any, **options: Any) -> None:
                 super().import_nodes(self._each(nodes), **options)
 
         self._sizes, self._at = sizes, list[fx.Node]()

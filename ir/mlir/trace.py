@@ -25,7 +25,6 @@ from depthc.ir.mlir.decompositions import decompositions, learn
 from depthc.ir.signature import Signature
 from depthc.ir.types import INT, Type
 
-
 # Sizes to try, and multiples of them: where a length has a bound that only a guard knows, smaller ones.
 _BASES = (HINTS, (103, 211, 307, 401, 503, 601, 701, 809, 907), (11, 23, 37, 47, 59, 71, 83, 97, 109))
 _SCALES = (1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 12, 24, 48, 96, 10, 20, 60, 120, 840)
