@@ -407,13 +407,12 @@ def as_trained(program: Program) -> Program:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["mor", "mor_token", "mod"])
-def test_native_code_of_routed_programs(recipe: str) -> None:
+def test_native_code_of_routed_programs() -> None:
     program = stacked(depth=4, attention=("masked",), sides=("rotary",), norm="rms", mlp="swiglu")
-    options = {"loops": 2, "sharing": "cycle"} if recipe != "mod" else {"capacity": 0.5}
-    routed = settle(run_recipe(program, recipe_of(recipe, options))[0])
-    for form in (routed,) if recipe == "mor_token" else (routed, as_trained(routed)):
-        assert_native(form, (ids(2, 7),), (ids(3, 12),), (ids(1, 1),))
+    recursions = {"loops": 2, "sharing": "cycle"}
+    for recipe, options in {"mor": recursions, "mor_token": recursions, "mod": {"capacity": 0.5}}.items():
+        routed = settle(run_recipe(program, recipe_of(recipe, options))[0])
+        assert_native(as_trained(routed) if recipe == "mor" else routed, (ids(2, 7),), (ids(3, 12),), (ids(1, 1),))
 
 
 RULES = (
