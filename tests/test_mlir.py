@@ -406,6 +406,45 @@ def as_trained(program: Program) -> Program:
     return replace(program, body=tuple(body))
 
 
+REPLACED = """\
+# depthc program 1
+
+@block
+def layer(h: f32[b, s, 4]):
+    return h + h
+
+@segment
+def tail(h: f32[b, s, 4]):
+    merged = reshape(h, [-1, 4])
+    split = reshape(merged, [b, -1, 2, 2])
+    flat = flatten.using_ints(split, 1, 3)
+    apart = unflatten.int(flat, 1, [-1, 2])
+    twice = repeat(unsqueeze(sum.dim_IntList(h, [0]), 0), [b, 3, 1])
+    most = cummax(h, 1)
+    sorted = sort.stable(h * 0, stable=True, dim=1, descending=True)
+    picked = index.Tensor(h, [unsqueeze(arange(b, device=device), 1), unsqueeze(arange(b, device=device) * 0 - 1, 0)])
+    truths = (h > 0) & (h < 1) | (h > 2)
+    soft = gelu(h * 4, approximate="tanh")
+    open = scaled_dot_product_attention(h, h, h, h > 9)
+    causal = scaled_dot_product_attention(unsqueeze(h, 1), unsqueeze(h, 1), unsqueeze(h, 1), None, 0.0, True)
+    return merged, split, flat, apart, twice, most[0], most[1], sorted[1], picked, truths, soft, open, causal
+
+def Replaced(x: f32[b, s, 4]):
+    sizes(1 <= b, 1 <= s)
+    with stack("layers"):
+        h = layer(x)
+        h = layer(h)
+    a, c, d, e, f, g, i, j, k, l, m, n, o = tail(h)
+    return a, c, d, e, f, g, i, j, k, l, m, n, o
+"""
+
+
+def test_what_stands_for_an_op_is_the_op() -> None:
+    draw = torch.Generator().manual_seed(0)
+    inputs = [(torch.randn(shape, generator=draw).round(decimals=1),) for shape in ((3, 5, 4), (1, 1, 4), (2, 7, 4))]
+    assert_native(depthc.parse(REPLACED), *inputs)
+
+
 @pytest.mark.slow
 def test_native_code_of_routed_programs() -> None:
     program = stacked(depth=4, attention=("masked",), sides=("rotary",), norm="rms", mlp="swiglu")
