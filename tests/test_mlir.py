@@ -425,7 +425,7 @@ def tail(h: f32[b, s, 4]):
     picked = index.Tensor(h, [unsqueeze(arange(b, device=device), 1), unsqueeze(arange(b, device=device) * 0 - 1, 0)])
     truths = (h > 0) & (h < 1) | (h > 2)
     soft = gelu(h * 4, approximate="tanh")
-    open = scaled_dot_product_attention(h, h, h, h > 9)
+    open = scaled_dot_product_attention(h, h, h, h @ transpose.int(h, 1, 2) > 9)
     causal = scaled_dot_product_attention(unsqueeze(h, 1), unsqueeze(h, 1), unsqueeze(h, 1), None, 0.0, True)
     return merged, split, flat, apart, twice, most[0], most[1], sorted[1], picked, truths, soft, open, causal
 
