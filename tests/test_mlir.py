@@ -16,10 +16,12 @@ import depthc
 from depthc.codegen.mlir.lower import lower
 from depthc.codegen.mlir.native import native
 from depthc.ir.errors import InputError, MlirError
+from depthc.ir.evaluate import indexed
 from depthc.ir.mlir import module_of, new_context, parse_module, verify_module
 from depthc.ir.program import Call, Kv, Loop, Program, Segment, Select, Stack
 from depthc.ir.settle import settle
 from depthc.ir.text.functions import walk
+from depthc.ir.verify import verify
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 
@@ -356,15 +358,23 @@ def test_weights_and_arguments_are_on_the_cpu() -> None:
         native(small().with_weights({name: w.to("meta") for name, w in small().weights.items()}))
 
 
-def forms(program: Program) -> dict[str, Program]:
-    """A program as captured, with its layers in a loop that has their names by its index, and tied in two ways."""
-    looped = depthc.parse(str(program).replace(" in range(", " in loop("), program.weights)
-    assert any(isinstance(op, Loop) for op, _ in walk(looped.body))
-    tied = {name: run_recipe(program, recipe_of(name, options))[0] for name, options in TIES.items()}
-    return {"captured": program, "looped": looped, **tied}
+def forms(program: Program) -> tuple[Program, ...]:
+    """A program as captured, with its layers in a loop that has their names by its index, and tied."""
+    body = tuple(looped(item) if isinstance(item, Stack) else item for item in program.body)
+    rolled = replace(program, body=body)
+    verify(rolled)
+    return program, rolled, run_recipe(program, recipe_of("tie", {"loops": 2}))[0]
 
 
-TIES: dict[str, dict[str, Any]] = {"tie": {"loops": 2}, "albert": {}}
+def looped(stack: Stack) -> Stack:
+    """A stack of calls that differ in the number of their layer alone, as a loop over that number."""
+    first, *others = stack.ops
+    assert isinstance(first, Call)
+    names = tuple(name.replace(".0.", ".{r}.", 1) for name in first.params)
+    assert [call.params for call in others] == [
+        tuple(indexed(n, {"r": r + 1}) for n in names) for r in range(len(others))
+    ]
+    return replace(stack, ops=(Loop("r", len(stack.ops), (replace(first, params=names),)),))
 
 
 @pytest.mark.slow
@@ -372,7 +382,7 @@ TIES: dict[str, dict[str, Any]] = {"tie": {"loops": 2}, "albert": {}}
 def test_native_code_of_transformers_and_their_looped_and_tied_forms(name: str) -> None:
     args, kwargs = ZOO[name].example()
     program, other = depthc.capture(ZOO[name].build(), args, kwargs), ZOO[name].elsewhere()
-    for form in forms(program).values():
+    for form in forms(program):
         run = native(form, optimize=0)
         for given, named in ((args, kwargs), other):
             with torch.no_grad():
@@ -396,18 +406,52 @@ def as_trained(program: Program) -> Program:
     return replace(program, body=tuple(body))
 
 
+REPLACED = """\
+# depthc program 1
+
+@block
+def layer(h: f32[b, s, 4]):
+    return h + h
+
+@segment
+def tail(h: f32[b, s, 4]):
+    merged = reshape(h, [-1, 4])
+    split = reshape(merged, [b, -1, 2, 2])
+    flat = flatten.using_ints(split, 1, 3)
+    apart = unflatten.int(flat, 1, [-1, 2])
+    twice = repeat(unsqueeze(sum.dim_IntList(h, [0]), 0), [b, 3, 1])
+    most = cummax(h, 1)
+    sorted = sort.stable(h * 0, stable=True, dim=1, descending=True)
+    picked = index.Tensor(h, [unsqueeze(arange(b, device=device), 1), unsqueeze(arange(b, device=device) * 0 - 1, 0)])
+    truths = (h > 0) & (h < 1) | (h > 2)
+    soft = gelu(h * 4, approximate="tanh")
+    open = scaled_dot_product_attention(h, h, h, h @ transpose.int(h, 1, 2) > 9)
+    causal = scaled_dot_product_attention(unsqueeze(h, 1), unsqueeze(h, 1), unsqueeze(h, 1), None, 0.0, True)
+    return merged, split, flat, apart, twice, most[0], most[1], sorted[1], picked, truths, soft, open, causal
+
+def Replaced(x: f32[b, s, 4]):
+    sizes(1 <= b, 1 <= s)
+    with stack("layers"):
+        h = layer(x)
+        h = layer(h)
+    a, c, d, e, f, g, i, j, k, l, m, n, o = tail(h)
+    return a, c, d, e, f, g, i, j, k, l, m, n, o
+"""
+
+
+def test_what_stands_for_an_op_is_the_op() -> None:
+    draw = torch.Generator().manual_seed(0)
+    inputs = [(torch.randn(shape, generator=draw).round(decimals=1),) for shape in ((3, 5, 4), (1, 1, 4), (2, 7, 4))]
+    assert_native(depthc.parse(REPLACED), *inputs)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["mor", "mor_token", "mod"])
-def test_native_code_of_routed_programs(recipe: str) -> None:
-    args, kwargs = ZOO["llama"].example()
-    program = depthc.capture(ZOO["llama"].build(), args, kwargs)
-    options = {"loops": 2, "sharing": "cycle"} if recipe != "mod" else {"capacity": 0.5}
-    routed = settle(run_recipe(program, recipe_of(recipe, options))[0])
-    for form in (routed,) if recipe == "mor_token" else (routed, as_trained(routed)):
-        run = native(form, optimize=0)
-        for given, named in ((args, kwargs), ZOO["llama"].elsewhere()):
-            with torch.no_grad():
-                assert_same(run(*given, **named), form.run(*given, **named), TOLERANCE)
+def test_native_code_of_routed_programs() -> None:
+    program = stacked(depth=4, attention=("masked",), sides=("rotary",), norm="rms", mlp="swiglu")
+    recursions = {"loops": 2, "sharing": "cycle"}
+    for recipe, options in {"mor": recursions, "mor_token": recursions, "mod": {"capacity": 0.5}}.items():
+        routed = settle(run_recipe(program, recipe_of(recipe, options))[0])
+        assert_native(as_trained(routed) if recipe == "mor" else routed, (ids(2, 7),), (ids(3, 12),), (ids(1, 1),))
 
 
 RULES = (

@@ -135,6 +135,7 @@ def test_examples_in_docstrings(name: str) -> None:
         "docs/doors.md",
         "docs/dumps.md",
         "docs/kernels.md",
+        "docs/mlir.md",
         "docs/quickstart.md",
         "docs/recipes.md",
         "docs/saving.md",

@@ -19,6 +19,7 @@ from depthc.codegen.rows import Way, trace_rows
 from depthc.ir import sizes
 from depthc.ir.body import Input
 from depthc.ir.errors import MlirError
+from depthc.ir.memo import once
 from depthc.ir.mlir.functions import Functions
 from depthc.ir.mlir.rules import texts
 from depthc.ir.mlir.trace import Sizes, trace_function, traced_again
@@ -41,7 +42,7 @@ class Routed:
 
     def __init__(self, lowering: Lowering) -> None:
         self.to, self._made = lowering, dict[Any, Any]()
-        self._functions = Functions(lowering.target)
+        self._functions, self._sizes = Functions(lowering.target), Sizes.of(lowering.program.signature)
 
     # ops
 
@@ -143,7 +144,8 @@ class Routed:
         key = ("block", name, consts)
         if key not in self._made:
             block = self.to.blocks[name]
-            self._made[key] = self._functions.add(self._trace_block(block, consts), f"{name}_on_rows")
+            made = once(block, "rows in mlir", lambda: self._trace_block(block, consts), consts, self._sizes)
+            self._made[key] = self._functions.add(made, f"{name}_on_rows_{len(self._made)}")
             self.to.publish(self._made[key])
         params = [self.to.param(text, indices) for text in texts(op, "params")]
         ruler = self._ruler(mask, self._made[key], len(scope.read(op.operands)) + len(params))
@@ -158,9 +160,9 @@ class Routed:
 
     def _trace_block(self, block: Block, consts: tuple[float, ...]) -> Any:
         """`run_rows` of a block with fresh keys, as a graph of its carries, sides, parameters, the ruler, and rows."""
-        signature, values = self.to.program.signature, block.body.inputs_of("value")
+        values = block.body.inputs_of("value")
         names = {n for i in values if isinstance(i.type, Type) for n in i.type.size_names()}
-        known = Sizes.of(signature).hints(sorted(names))
+        known = self._sizes.hints(sorted(names))
         carries = [_stretched(i, known, rows=True) for i in values[: block.carries]]
         tensors: dict[str, Any] = {
             "carries": tuple(carries),

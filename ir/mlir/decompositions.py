@@ -6,6 +6,7 @@ dialect has them, because their way to linalg fails or is wrong; each says why.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import prod
@@ -91,14 +92,46 @@ def index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
     return aten.index.Tensor(x.reshape(shape), [*[None] * first, flat])
 
 
+def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """The form with tanh written out: torch-mlir's is off by 1e-4."""
+    if approximate != "tanh":
+        return NotImplemented
+    return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x * x * x)))
+
+
+def repeat(x: Tensor, times: list[Any]) -> Tensor:
+    """As an expansion and a reshape: torch-mlir's own way counts unknown sizes wrong."""
+    x = x.reshape([*[1] * (len(times) - x.dim()), *x.shape])
+    sizes = list(x.shape)
+    for d in range(len(times)):
+        x = x.unsqueeze(2 * d)
+    pairs = [part for n, size in zip(times, sizes, strict=True) for part in (n, size)]
+    return x.expand(pairs).reshape([n * size for n, size in zip(times, sizes, strict=True)])
+
+
+def cummax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The largest element so far, and the last place where it is: every pair of places is compared."""
+    dim %= x.dim()
+    moved = x.movedim(dim, -1).unsqueeze(-2)
+    places = torch.arange(x.shape[dim], device=x.device)
+    so_far = places <= places.unsqueeze(-1)
+    least = torch.finfo(x.dtype).min if x.dtype.is_floating_point else torch.iinfo(x.dtype).min
+    values = torch.where(so_far, moved, least).amax(-1)
+    last = torch.where(so_far & (moved == values.unsqueeze(-1)), places, 0).amax(-1)
+    return values.movedim(-1, dim), last.movedim(-1, dim)
+
+
 REPLACED: Mapping[Any, Decomposition] = {
     aten.scaled_dot_product_attention.default: attention,
     aten.reshape.default: reshape,
     aten.view.default: lambda x, shape: x.reshape(shape),
     aten._unsafe_view.default: lambda x, shape: x.reshape(shape),
     aten.index.Tensor: index,
+    aten.repeat.default: repeat,
+    aten.gelu.default: gelu,
     aten.flatten.using_ints: flatten,
     aten.unflatten.int: unflatten,
+    aten.cummax.default: cummax,
     # It becomes a sort that leaves equal elements in their order anyway.
     aten.sort.stable: lambda x, *, stable=True, dim=-1, descending=False: aten.sort.default(x, dim, descending),
     # Their way to linalg ends at booleans.
