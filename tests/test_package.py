@@ -128,7 +128,6 @@ def test_examples_in_docstrings(name: str) -> None:
     "page",
     [
         "README.md",
-        "docs/backend.md",
         "docs/concepts.md",
         "docs/capture.md",
         "docs/ir.md",
