@@ -269,7 +269,7 @@ def test_loops_that_do_not_read_their_index_stay_loops() -> None:
     lowered = lower(program, module_of(program))
     (entry,) = [op for op in lowered.module.body.operations if op.attributes["sym_name"].value == "main"]
     assert str(entry).count("scf.for") == 1
-    assert str(entry).count("call @layer(") == 1
+    assert str(entry).count("call @depth.layer(") == 1
     assert_native(program, (ids(2, 5),), (ids(1, 3),))
 
 
@@ -279,7 +279,7 @@ def test_loops_that_read_their_index_are_unrolled() -> None:
     lowered = lower(program, module_of(program))
     (entry,) = [op for op in lowered.module.body.operations if op.attributes["sym_name"].value == "main"]
     assert "scf.for" not in str(entry)
-    assert str(entry).count("call @layer(") == 2
+    assert str(entry).count("call @depth.layer(") == 2
     assert len(lowered.params) == len({n for op, _ in walk(small().body) for n in getattr(op, "params", ())})
     assert_native(program, (ids(2, 5),))
 
@@ -288,20 +288,20 @@ ECHO = """\
 # depthc program 1
 
 @block
-def layer(h: f32[b, s, 4]):
+def main(h: f32[b, s, 4]):
     return h + h
 
 @segment
-def tail(h: f32[b, s, 4]):
+def free(h: f32[b, s, 4]):
     one = ones([3])
     return one, h
 
 def Echo(x: f32[b, s, 4]):
     sizes(1 <= b, 1 <= s)
     with stack("layers"):
-        h = layer(x)
-        h = layer(h)
-    one, same = tail(h)
+        h = main(x)
+        h = main(h)
+    one, same = free(h)
     return x, h, one, same, x
 """
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from depthc.codegen.mlir.passes import to_linalg
+from depthc.codegen.mlir.passes import PREFIX, to_linalg
 from depthc.codegen.mlir.routed import Routed
 from depthc.ir import sizes
 from depthc.ir.errors import MlirError
 from depthc.ir.evaluate import indexed
+from depthc.ir.mlir.context import verify_module
 from depthc.ir.mlir.emit import labels_of
 from depthc.ir.mlir.rules import count_of, texts
 from depthc.ir.mlir.types import TensorType
@@ -87,7 +88,9 @@ class Lowering:
         ops = [op.operation for op in module.body.operations]
         self.declared = {op.attributes["sym_name"].value: op for op in ops if op.name == "depth.param"}
         self.functions = {op.attributes["sym_name"].value: op for op in ops if op.name == "func.func"}
-        self.main = next(f for f in self.functions.values() if "sym_visibility" not in f.attributes)
+        self.main = self.functions.pop(
+            next(n for n, f in self.functions.items() if "sym_visibility" not in f.attributes)
+        )
         bodies = labels_of(program)[1]
         self.blocks = {f.label: program.blocks[f.name] for f in bodies.values() if f.kind == "block"}
         self.target, self.params = ir.Module.create(), dict[str, Any]()
@@ -98,17 +101,15 @@ class Lowering:
         """The bodies in linalg, and the entry that calls them."""
         from torch_mlir.dialects import func
 
-        inputs, outputs = (
-            self.main.attributes["function_type"].value.inputs,
-            self.main.attributes["function_type"].value.results,
-        )
+        type = self.main.attributes["function_type"].value
+        inputs, outputs = type.inputs, type.results
         results = [TensorType.read(type) for type in outputs]
         if None in results:
             raise MlirError("an output is a number", expected="tensors as outputs", remedy="evaluate the program")
-        for function in self.functions.values():
-            if function != self.main:
-                self.target.body.append(function.clone())
-                self.publish(list(self.target.body.operations)[-1])
+        for name, function in self.functions.items():
+            self.target.body.append(function.clone())
+            self.functions[name] = list(self.target.body.operations)[-1].operation
+            self.publish(self.functions[name])
         home = self.ir.Module.create()
         with self.ir.InsertionPoint(home.body):
             self.entry = func.FuncOp(ENTRY, ([self.type(t) for t in inputs], [self.type(t) for t in outputs]))
@@ -123,12 +124,17 @@ class Lowering:
         self.entry.attributes["llvm.emit_c_interface"] = self.ir.UnitAttr.get()
         to_linalg(self.target)
         self.target.body.append(self.entry.operation.detach_from_parent())
-        self.target.operation.verify()
+        verify_module(self.target)
         return Lowered(self.target, tuple(self.params), tuple(r for r in results if r))
 
     def publish(self, function: Any) -> None:
-        """Let a function stand alone: passes drop private ones before their call is there."""
+        """Let a function stand alone: passes drop private ones before their call is there.
+
+        Its name gets a prefix, so that no body is taken for the entry, or for a function of the C library.
+        """
         del function.attributes["sym_visibility"]
+        name = function.attributes["sym_name"].value
+        function.attributes["sym_name"] = self.ir.StringAttr.get(f"{PREFIX}{name}")
 
     # values
 

@@ -8,6 +8,7 @@ from depthc.ir.errors import MlirError
 from depthc.ir.mlir.context import diagnostics
 from depthc.ir.mlir.types import TensorType
 
+PREFIX = "depth."  # of the functions that are made of bodies
 TO_TORCH_BACKEND = (
     "func.func(torch-match-quantized-custom-ops)",
     "torchdynamo-export-to-torch-backend-pipeline{extra-library=}",
@@ -73,7 +74,7 @@ def _bodies(module: Any) -> dict[str, str]:
     for function in module.body.operations:
 
         def visit(op: Any, name: str = function.operation.attributes["sym_name"].value) -> Any:
-            found.setdefault(str(op.location), name)
+            found.setdefault(str(op.location), name.removeprefix(PREFIX))
             return ir.WalkResult.ADVANCE
 
         function.operation.walk(visit)
