@@ -63,7 +63,7 @@ def backend(report: Report) -> str:
 TABLES: dict[str, dict[str, Callable[[Report], str]]] = {
     "measured.md": {"cold": cold, "agreement": agreement},
     "training.md": {"training": training},
-    "backend.md": {"backend": backend},
+    "doors.md": {"backend": backend},
 }
 
 
