@@ -112,7 +112,8 @@ class Calls:
         except Exception as error:  # whatever an op may raise
             first = str(error).strip().split("\n", 1)[0]
             refuse(f"{target} does not trace: {type(error).__name__}: {first}", node)
-        if all(leaf is None for leaf in next(iter(reversed(made.graph.nodes))).args[0]):  # type: ignore[union-attr]
+        made_call = Call(tuple(operands), made, structures[-1])
+        if all(leaf is None for leaf in made_call.results) and not made_call.changes:
             refuse(f"{target} returns nothing", node, "functions without side effects")
         return made, structures[-1]
 
