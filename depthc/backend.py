@@ -8,9 +8,10 @@ there are. So a rewrite is taken as it is only if it makes no parameter and stil
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from depthc.passes.recipe import Recipe
 from depthc.passes.recipes import recipe_of
 
 log = logging.getLogger("depthc.backend")
+OLDEST_GPU = (7, 0)  # compute capability, of Triton
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def backend(
         mode: of Inductor ("reduce-overhead", "max-autotune", ...).
 
     Raises:
-        InputError: an option or a mode that does not exist, weights for a graph that trains.
+        InputError: an option or a mode that does not exist, a GPU for which there is no Triton, weights for a graph
+            that trains.
         RecipeError: no such recipe, a recipe that does not apply, or one that changes which parameters there are.
         CaptureError, OutlineError: there is a recipe, and the graph is not functional, or has no layers.
         CheckpointError, StateDictError: weights that cannot be read, or do not fit.
@@ -85,6 +88,7 @@ def backend(
     chosen = _options(options)
     recipe = recipe_of(chosen.recipe, {})
     compile = _compiler(chosen.inner, mode)
+    require_gpus({value.device for value in inputs if isinstance(value, Tensor)}, chosen.inner)
     try:
         return _compiled(graph, inputs, chosen, recipe, compile)
     except DepthError as error:
@@ -141,6 +145,29 @@ def _compiler(inner: str, mode: str | None) -> Callable[..., Any]:
         return found
     patches = {**modes.get(mode or "", {}), "keep_output_stride": True}  # the next body is compiled for these strides
     return partial(found, config_patches=patches)
+
+
+def require_gpus(devices: Set[torch.device], inner: str) -> None:
+    """Refuse GPUs for which Inductor would find no Triton; other inner backends need none.
+
+    Raises:
+        InputError: Triton is not installed, or a GPU is older than it supports.
+    """
+    for device in sorted(devices, key=str):
+        if inner != "inductor" or device.type != "cuda":
+            continue
+        found = "no triton"
+        if find_spec("triton") is not None:
+            major, minor = torch.cuda.get_device_capability(device)
+            if (major, minor) >= OLDEST_GPU:
+                continue
+            found = f"compute capability {major}.{minor}"
+        raise InputError(
+            f"Inductor cannot compile for {device}",
+            expected=f"triton, and a GPU of compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]} or later",
+            found=found,
+            remedy='pass options={"inner": "aot_eager"}, which needs no Triton',
+        )
 
 
 # the parameters that there are

@@ -19,7 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import depthc
-from depthc.backend import backend
+from depthc.backend import backend, require_gpus
 from depthc.codegen.module import DepthModule
 
 from .models import VOCAB, WIDTH, Chain, Spec, Stacked, ids, seeded, states
@@ -442,3 +442,19 @@ def test_modes_are_those_of_inductor() -> None:
     patches = depthc.backend._compiler("inductor", "max-autotune").keywords["config_patches"]
     assert patches["max_autotune"]
     assert patches["keep_output_stride"]
+
+
+def test_gpus_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = {torch.device("cuda:0"), torch.device("cpu")}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    with pytest.raises(
+        depthc.InputError, match=r"Inductor cannot compile for cuda:0[\s\S]*found: compute capability 6.1"
+    ):
+        require_gpus(gpu, "inductor")
+    require_gpus(gpu, "aot_eager")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    require_gpus(gpu, "inductor")
+    monkeypatch.setattr("depthc.backend.find_spec", lambda name: None)
+    with pytest.raises(depthc.InputError, match=r'found: no triton[\s\S]*"inner": "aot_eager"'):
+        require_gpus(gpu, "inductor")
+    require_gpus({torch.device("cpu")}, "inductor")
