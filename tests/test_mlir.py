@@ -15,9 +15,11 @@ from torch import nn
 import depthc
 from depthc.codegen.mlir.lower import lower
 from depthc.codegen.mlir.native import native
+from depthc.ir import sizes
 from depthc.ir.errors import InputError, MlirError
 from depthc.ir.evaluate import indexed
 from depthc.ir.mlir import module_of, new_context, parse_module, verify_module
+from depthc.ir.mlir.trace import Sizes
 from depthc.ir.program import Call, Kv, Loop, Program, Segment, Select, Stack
 from depthc.ir.settle import settle
 from depthc.ir.text.functions import walk
@@ -108,6 +110,24 @@ def test_ops_without_a_form_are_named() -> None:
 def test_dtypes_without_a_form_are_named() -> None:
     with pytest.raises(MlirError, match=r"no dtype torch\.uint16"):
         depthc.parse(GOLDEN.replace("buffer(f32[4])", "buffer(u16[4])")).mlir()
+
+
+@pytest.mark.parametrize(
+    ("ranges", "guards"),
+    [
+        ((), ()),
+        ((("s", (2, 64)),), ()),
+        ((), ("s % 12 == 0", "t % 7 != 0")),
+        ((), ("s == 128 + -1 * max(0, 128 + -1 * s)",)),
+        ((), ("s // 8 * (t // 8) == 16", "16 % (s // 8) == 0", "s > t")),
+        ((("s", (32, 39)),), ("s // 8 != 1", "1 + s // 8 * (s // 8) == 17")),
+    ],
+)
+def test_bodies_are_traced_at_legal_sizes(ranges: Any, guards: tuple[str, ...]) -> None:
+    found = Sizes(ranges, guards).hints(["s", "t"])
+    assert all(sizes.evaluate(guard, found) for guard in guards)
+    assert all(low <= found[name] <= high for name, (low, high) in ranges)
+    assert len(set(found.values())) == 2
 
 
 # broken modules

@@ -25,7 +25,7 @@ from .models import Hybrid, Spec, Stacked, ids, seeded
 @pytest.mark.parametrize("name", CI)
 def test_row_has_no_failure(name: str) -> None:
     row = zoo.run_row(name, limit=600)
-    expected = {"captured", "same", "other", "replay", "subset", "eval", "train", "text", *zoo_table.RECIPES}
+    expected = {"captured", "same", "other", "replay", "subset", "eval", "train", "text", "mlir", *zoo_table.RECIPES}
     assert expected <= row["checks"].keys()
     assert not zoo.failures(row)
 
@@ -47,7 +47,7 @@ def test_programs_and_recipes_have_a_table_each() -> None:
     checks = {"lines": {"status": "ok", "value": 9}, "mor": {"status": "refused", "reason": "it scans"}}
     row = {"kind": "ssm", "held_out": False, "stopped": None, "checks": checks}
     text = zoo_table.table({"command": "zoo", "versions": {}, "rows": {"one": row}})
-    assert "| one | ssm |" + " - |" * 11 + " 9 |\n" in text
+    assert "| one | ssm |" + " - |" * 11 + " 9 | - |\n" in text
     assert "| one | ssm | refused [1] | - | - |\n\n1. it scans" in text
     assert "`mor` 1 refused; `mor_token` none" in text
 

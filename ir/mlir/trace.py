@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ from depthc.ir.mlir.decompositions import decompositions, learn
 from depthc.ir.signature import Signature
 from depthc.ir.types import INT, Type
 
-# Multiples of the sizes to try: where a length must be divided, or has a bound that only a guard knows.
-
+# Multiples of the sizes to try, for lengths that must be divided; then all small sizes, at most so many.
+_SMALL, _MOST_TRIED = 300, 90_000
 _SCALES = (1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 12, 24, 48, 96, 10, 20, 60, 120, 840)
 
 
@@ -44,12 +44,22 @@ class Sizes:
         return cls(tuple(signature.ranges.items()), signature.guards)
 
     def hints(self, names: Sequence[str]) -> dict[str, int]:
-        """A legal size for every name, by which ops decide while a body is traced: large, and different ones."""
-        for bases, scale in itertools.product(PRIMES, _SCALES):
-            found = {name: self._below(name, base, scale) for name, base in zip(names, bases, strict=False)}
-            if all(self._met(guard, found) for guard in self.guards):
-                return found
-        return dict(zip(names, PRIMES[0], strict=False))
+        """A legal size for every name, by which ops decide while a body is traced: large, different ones if it can."""
+        ladder = (
+            {name: self._below(name, base, scale) for name, base in zip(names, bases, strict=False)}
+            for bases, scale in itertools.product(PRIMES, _SCALES)
+        )
+        usual = dict(zip(names, PRIMES[0], strict=False))
+        tried = itertools.chain(ladder, itertools.islice(self._small(names), _MOST_TRIED))
+        return next((found for found in tried if all(self._met(guard, found) for guard in self.guards)), usual)
+
+    def _small(self, names: Sequence[str]) -> Iterator[dict[str, int]]:
+        """All small sizes of the names that guards read: where little else than one size is legal."""
+        read = {name for guard in self.guards for name in sizes.names(sizes.read(guard))}
+        usual = {name: self._below(name, base, 1) for name, base in zip(names, PRIMES[0], strict=False)}
+        guarded = [name for name in names if name in read]
+        for values in itertools.product(range(2, _SMALL), repeat=len(guarded)):
+            yield usual | dict(zip(guarded, values, strict=True))
 
     def _below(self, name: str, base: int, scale: int) -> int:
         """A multiple of a scale that is legal: the base times it, or what the range allows."""
@@ -58,8 +68,12 @@ class Sizes:
 
     @staticmethod
     def _met(guard: str, found: Mapping[str, int]) -> bool:
-        known = sizes.names(sizes.read(guard)) <= found.keys()
-        return not known or bool(sizes.evaluate(guard, found))
+        if not sizes.names(sizes.read(guard)) <= found.keys():
+            return True
+        try:
+            return bool(sizes.evaluate(guard, found))
+        except ZeroDivisionError:
+            return False
 
 
 NOTHING = Sizes()
