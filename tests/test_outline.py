@@ -359,3 +359,13 @@ def test_layers_return_what_the_modules_do() -> None:
     model = seeded(lambda: Listed(Residual, Residual, Wide, Wide, Wide))
     program = outlined(model, states(), depths=(5,))
     assert_same(carries(program, states(3, 6)), layer_outputs(model, model.layers, states(3, 6)))
+
+
+def test_outputs_that_no_layer_makes() -> None:
+    """A part of the model that reads nothing but the device, before anything else."""
+
+    class Constant(Chain):
+        def forward(self, x: Tensor) -> Any:
+            return x, super().forward(x), torch.ones(3, device=x.device), x
+
+    outlined(seeded(lambda: Constant(3)), states(), depths=(3,))

@@ -107,8 +107,7 @@ class BodyBuilder:
         if "input" in node.meta:
             name = node.meta["input"].name
             if name not in self.env:
-                first = next(iter(self.graph.nodes))
-                with self.graph.inserting_before(first):
+                with self.graph.inserting_before():  # at the beginning
                     self.env[name] = self._input(node.meta["input"])
             return self.env[name]
         size = self.trace.sizes.of(node.meta["val"]) if is_size(node) else None
