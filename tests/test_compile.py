@@ -181,14 +181,13 @@ def compiled_graphs(module: DepthModule, lengths: tuple[int, ...]) -> list[int]:
 
 
 LENGTHS = (6, 9, 11, 14)
-DEEPER = [11, pytest.param(32, marks=pytest.mark.slow)]
+DEEPER = 32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("depth", DEEPER)
-def test_graphs_of_tied_layers_do_not_grow_with_depth(depth: int) -> None:
+def test_graphs_of_tied_layers_do_not_grow_with_depth() -> None:
     """One a body at the first length, at most one more each, with symbolic sizes, at the second; then no more."""
-    shallow, deep = (lowered(program_of("tokens", n), "tie", {"loops": n}).train() for n in (8, depth))
+    shallow, deep = (lowered(program_of("tokens", n), "tie", {"loops": n}).train() for n in (8, DEEPER))
     assert len(deep.program.blocks) == 1
     first, *later = compiled_graphs(deep, LENGTHS)
     assert first == len(deep._bodies) == 3
@@ -198,11 +197,10 @@ def test_graphs_of_tied_layers_do_not_grow_with_depth(depth: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv", ["recursion", pytest.param("share_first", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("depth", DEEPER)
-def test_graphs_of_routed_layers_do_not_grow_with_depth(depth: int, kv: str) -> None:
+@pytest.mark.parametrize("kv", ["recursion", "share_first"])
+def test_graphs_of_routed_layers_do_not_grow_with_depth(kv: str) -> None:
     """Six bodies and the block on rows (twice with shared keys); more where recursions hold other numbers of rows."""
-    shallow, deep = (lowered(program_of("tokens", n), "mor", {"kv": kv}).train() for n in (8, depth))
+    shallow, deep = (lowered(program_of("tokens", n), "mor", {"kv": kv}).train() for n in (8, DEEPER))
     bodies = len(deep._bodies) + (2 if kv == "share_first" else 1)
     first, *later = compiled_graphs(deep, LENGTHS)
     assert bodies <= first <= 2 * bodies

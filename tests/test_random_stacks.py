@@ -65,7 +65,7 @@ def test_random_stack(spec: Spec) -> None:
 
 @pytest.mark.slow
 @given(specs())
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_many_random_stacks(spec: Spec) -> None:
     check(spec)
 
