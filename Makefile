@@ -1,7 +1,7 @@
 # `make test` and `make demo` need only python3 (3.11 or later): they make .venv themselves.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help test demo zoo lint types docs tests quick
+.PHONY: help test demo zoo lint types docs tests quick thorough
 
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
@@ -13,7 +13,7 @@ help:
 	@echo "make test   lint, types, docs, then all tests"
 	@echo "make demo   train a small Llama as it is, tied, and as a mixture of recursions (4 minutes)"
 	@echo "make zoo    one row an architecture: captured, exact, cached, lowered"
-	@echo "also: make lint | types | docs | tests | quick (the tests not marked slow)"
+	@echo "also: make lint | types | docs | tests | quick (the tests not marked slow) | thorough (every test)"
 
 $(INSTALLED): pyproject.toml requirements/ci.txt
 	python3 -m venv .venv
@@ -33,7 +33,10 @@ docs: $(INSTALLED)
 	$(call stage,docs,$(PY) tools/link_package.py && $(PY) -m mkdocs build --quiet --strict)
 
 tests: $(INSTALLED)
-	$(call stage,tests,$(PY) -m pytest -q -n auto --dist worksteal -m "slow or not slow")
+	$(call stage,tests,$(PY) -m pytest -q -n auto --dist worksteal -m "not thorough")
+
+thorough: $(INSTALLED)
+	$(call stage,all tests,$(PY) -m pytest -q -n auto --dist worksteal -m "thorough or not thorough")
 
 quick: $(INSTALLED)
 	$(call stage,quick tests,$(PY) -m pytest -q -n auto --dist worksteal)

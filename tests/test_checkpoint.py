@@ -128,7 +128,14 @@ def test_round_trip_in_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "dtype"), [("identity", torch.float32), ("mor", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [
+        pytest.param("identity", torch.float32, marks=pytest.mark.thorough),
+        pytest.param("mor", torch.float32, marks=pytest.mark.thorough),
+        ("mor", torch.bfloat16),
+    ],
+)
 def test_round_trip_of_llama(recipe: str, dtype: torch.dtype, tmp_path: Path) -> None:
     import transformers
 

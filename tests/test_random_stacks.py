@@ -63,9 +63,9 @@ def test_random_stack(spec: Spec) -> None:
     check(spec)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @given(specs())
-@settings(max_examples=8)
+@settings(max_examples=15)
 def test_many_random_stacks(spec: Spec) -> None:
     check(spec)
 

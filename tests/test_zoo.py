@@ -21,8 +21,11 @@ from depthc.ir.tokens import TokenSet
 from .models import Hybrid, Spec, Stacked, ids, seeded
 
 
+ALIKE = {"bart", "bloom", "falcon"}  # parts of which other rows have
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CI)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.thorough] * (n in ALIKE)) for n in CI])
 def test_row_has_no_failure(name: str) -> None:
     row = zoo.run_row(name, limit=600)
     expected = {"captured", "same", "other", "replay", "subset", "eval", "train", "text", "mlir", *zoo_table.RECIPES}
