@@ -111,7 +111,9 @@ def test_it_is_found_by_its_name() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+@pytest.mark.parametrize(
+    "name", ["llama", "bert", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("gpt2", "vit"))]
+)
 def test_models(name: str, compiled: list[fx.GraphModule]) -> None:
     """In training, dropout and tied embeddings included, at two sizes."""
     entry = ZOO[name]

@@ -20,7 +20,6 @@ from depthc.ir.tokens import TokenSet
 
 from .models import Hybrid, Spec, Stacked, ids, seeded
 
-
 ALIKE = {"bart", "bloom", "falcon"}  # parts of which other rows have
 
 
