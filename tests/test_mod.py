@@ -119,7 +119,7 @@ def test_top_k_is_the_oracle(rows: str, predictor: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", ["full", "padded"])
+@pytest.mark.parametrize("rows", [pytest.param("full", marks=pytest.mark.thorough), "padded"])
 @pytest.mark.parametrize("kind", EVERY)
 def test_top_k_on_other_architectures(kind: str, rows: str) -> None:
     agree(Case(kind, rows, predictor=kind == "parallel"))

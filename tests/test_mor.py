@@ -126,7 +126,7 @@ def test_top_k_is_the_oracle(kv: str, rows: str) -> None:
     ("kind", "kv", "rows"),
     [
         *((kind, kv, "padded") for kind in EVERY for kv in KV if kv != "update" or kind == "parallel"),
-        *((kind, "recursion", "full") for kind in EVERY),
+        *(pytest.param(kind, "recursion", "full", marks=pytest.mark.thorough) for kind in EVERY),
     ],
 )
 def test_top_k_on_other_architectures(kind: str, kv: str, rows: str) -> None:
@@ -140,7 +140,10 @@ def test_threshold_is_the_oracle(kv: str, rows: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kv", "rows"), [("recursion", "padded"), ("share_first", "packed")])
+@pytest.mark.parametrize(
+    ("kv", "rows"),
+    [("recursion", "padded"), pytest.param("share_first", "packed", marks=pytest.mark.thorough)],
+)
 @pytest.mark.parametrize("kind", EVERY)
 def test_threshold_on_other_architectures(kind: str, kv: str, rows: str) -> None:
     agree(Case(kind, rows, kv=kv, causal=True), backward=rows == "padded")
