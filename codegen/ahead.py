@@ -57,7 +57,9 @@ class AheadProgram:
         varying: dict[str, frozenset[int]] = {}
 
         def note(body: Body, inputs: Sequence[Any]) -> tuple[Any, ...]:
-            places = varying.setdefault(body.certificate, _varying(body, inputs))
+            if body.certificate not in varying:
+                varying[body.certificate] = _varying(body, inputs)
+            places = varying[body.certificate]
             key = (body.certificate, *_surroundings(self.device), *_kinds(inputs, places))
             function = functions.setdefault(key, _Function(body, tuple(inputs), places, *_surroundings(self.device)))
             function.follows.update(at for at, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad)

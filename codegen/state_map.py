@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from depthc.ir.cost.layers import owner_of
 from depthc.ir.params import Expr, Mean, Ref, Shuffle, Svd
 from depthc.ir.program import Program
 from depthc.ir.text.printer import expr_text
@@ -51,7 +52,9 @@ def state_map(program: Program, captured: Program) -> dict[str, Any]:
             "ties": [other for other in owners[_tensor(name, param.expr)] if other != name],
         }
     read = {source for name, param in program.params.items() for source in sources(param.expr or Ref(name))}
-    return {"parameters": parameters, "unread": [name for name in captured.params if name not in read]}
+    tensors = {owner_of(captured, name) for name in read if name in captured.params}
+    unread = [name for name in captured.params if owner_of(captured, name) not in tensors]
+    return {"parameters": parameters, "unread": unread}
 
 
 def _tensor(name: str, expr: Expr | None) -> tuple[str, str]:

@@ -110,7 +110,7 @@ def _compiled(
     elif recipe.passes:
         captured, (program, _) = program, run_recipe(program, recipe)
         _require_same_parameters(captured, program, recipe)
-    return _function(program, traced, compile, chosen.inner)
+    return _function(program, traced, compile)
 
 
 def _options(given: Mapping[str, Any] | None) -> Options:
@@ -173,9 +173,10 @@ def require_gpus(devices: Set[torch.device], inner: str) -> None:
 # the parameters that there are
 
 
-def _function(program: Program, traced: DynamoTrace, compile: Callable[..., Any], inner: str) -> Callable[..., Any]:
+def _function(program: Program, traced: DynamoTrace, compile: Callable[..., Any]) -> Callable[..., Any]:
     """A program as a function of the inputs of Dynamo's graph; its weights are parameters that are no inputs."""
-    device = next(t.device for t in traced.fakes if isinstance(t, Tensor))
+    tensors = (t for (kind, _), t in zip(traced.inputs, traced.fakes, strict=True) if kind and isinstance(t, Tensor))
+    device = next(tensors).device
     constants = {name: value.to(device) for name, value in program.weights.items()}
     torch._logging.trace_structured(
         "artifact",
@@ -184,7 +185,7 @@ def _function(program: Program, traced: DynamoTrace, compile: Callable[..., Any]
         expect_trace_id=False,
     )
     if _selects(program):
-        lazy = LazyProgram(program, device, backend=inner, dynamic=True)
+        lazy = LazyProgram(program, device, backend=compile, dynamic=True)
 
         def run_lazily(*given: Any) -> tuple[Tensor, ...]:
             values, params = _named(traced, given)

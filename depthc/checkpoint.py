@@ -230,11 +230,8 @@ def _content(compiled: DepthModule, program: Program) -> dict[str, Any]:
 
 def _recorded(step: Step) -> dict[str, Any]:
     """What a folder says of a pass: all but the programs before and after it."""
-    return asdict(replace(step, source=None, result=None), dict_factory=_without_nothing)
-
-
-def _without_nothing(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: value for key, value in items if value is not None}
+    found = asdict(replace(step, source=None, result=None))
+    return {key: value for key, value in found.items() if key not in ("source", "result")}
 
 
 def _sealed(content: Mapping[str, Any]) -> bytes:

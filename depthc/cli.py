@@ -27,7 +27,7 @@ from depthc.ir.program import Program
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipe import Recipe
 from depthc.passes.recipes import RECIPES, recipe_of
-from depthc.passes.stages import Stage, stages_of
+from depthc.passes.stages import stages_of
 from depthc.targets import FORMS, Target, resolve
 
 app = typer.Typer(
@@ -82,7 +82,8 @@ def explain(
     given = dict(map(_assignment, sizes))
     print(json.dumps(found.figures(**given), indent=1) if as_json else found.table(**given))
     if dump:
-        _dump(found.stages, recipe, dump)
+        write(dump_of(found.stages, str(found.recipe)), dump)
+        print(f"dumped to {dump}: open {dump / 'report.html'}", file=sys.stderr)
 
 
 @app.command("compile")
@@ -151,9 +152,9 @@ def zoo(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the report and the pictures go.")] = Path("depthc-demo"),
-    seconds: Annotated[float, typer.Option(help="How long to train each model.")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="How long to train.")] = 10.0,
 ) -> None:
-    """Train a small transformer as it is and as a Mixture-of-Recursions, and draw what each token did."""
+    """Make a small transformer a Mixture-of-Recursions, train it, and draw how deep each token went."""
     from depthc.demo import run
 
     run(out, seconds)
@@ -228,8 +229,3 @@ def _verdicts(target: str, recipes: dict[str, Recipe], inputs: Sequence[str]) ->
         except DepthError as error:
             verdicts[text] = error.what
     return verdicts
-
-
-def _dump(stages: Sequence[Stage], recipe: str, folder: Path) -> None:
-    write(dump_of(stages, recipe), folder)
-    print(f"dumped to {folder}: open {folder / 'report.html'}", file=sys.stderr)

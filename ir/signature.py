@@ -123,7 +123,7 @@ class Signature:
             if leaf.type is not None:
                 self._check_shape(leaf.name, leaf.type, tensors[leaf.name], values)
         for guard in self.guards:
-            if not sizes.evaluate(guard, values):
+            if not sizes.met(guard, values):
                 raise InputError(
                     "the sizes break a condition of the captured graph",
                     expected=guard,

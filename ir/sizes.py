@@ -95,6 +95,19 @@ def evaluate(size: Size, values: Mapping[str, int]) -> int:
     return stack[0]
 
 
+def met(guard: str, values: Mapping[str, int]) -> bool:
+    """Whether sizes fulfil a condition; one that divides by zero is not fulfilled.
+
+    Example:
+        >>> met("16 % (s // 16) == 0", {"s": 32}), met("16 % (s // 16) == 0", {"s": 8})
+        (True, False)
+    """
+    try:
+        return bool(evaluate(guard, values))
+    except ZeroDivisionError:
+        return False
+
+
 def postfix(size: str) -> str:
     """A size expression in postfix form, "2 s * 1 +"."""
     return _cached_postfix(size)

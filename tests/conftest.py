@@ -7,6 +7,7 @@ from collections.abc import Generator
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, too: threads that spin for a busy core crawl
 
 import hypothesis
 import torch

@@ -57,7 +57,7 @@ def factory(tmp_path: Path) -> str:
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     file = tmp_path / "config.json"
-    tiny = {"n_layer": 6, "n_embd": 16, "n_head": 2, "vocab_size": 31, "bos_token_id": 1, "eos_token_id": 2}
+    tiny = {"n_layer": 4, "n_embd": 16, "n_head": 2, "vocab_size": 31, "bos_token_id": 1, "eos_token_id": 2}
     file.write_text(json.dumps({"model_type": "gpt2", **tiny}))
     return str(file)
 
@@ -85,7 +85,7 @@ def test_explain(capsys: pytest.CaptureFixture[str], factory: str, config: str, 
     assert "layers stored" in said(capsys, "explain", factory, "tie")
     found = json.loads(said(capsys, "explain", config, "tie", "--size", "s=64", "--json"))
     assert found["sizes"] == {"b": 1, "s": 64}
-    assert found["after"]["layers_stored"] == 3
+    assert found["after"]["layers_stored"] == 2
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('recipe = "tie"\n[options]\nloops = 3\n')
     said(capsys, "explain", factory, str(recipe), "--dump", str(tmp_path / "dumped"))
@@ -96,7 +96,7 @@ def test_explain(capsys: pytest.CaptureFixture[str], factory: str, config: str, 
 def test_compile_and_what_it_saved(capsys: pytest.CaptureFixture[str], config: str, tmp_path: Path) -> None:
     out = str(tmp_path / "saved")
     found = json.loads(said(capsys, "compile", config, "tie", "--out", out, "--dump", str(tmp_path / "d"), "--json"))
-    assert found["passes"] == ["1. tie(): 6 ops -> 4"]
+    assert found["passes"] == ["1. tie(): 4 ops -> 3"]
     assert found["parameters"] == sum(p.numel() for p in depthc.load(out).parameters())
     assert (tmp_path / "d" / "01_tie.depth").is_file()
     assert "for r in loop(2)" in said(capsys, "show", out)
@@ -114,12 +114,8 @@ def test_bisect(capsys: pytest.CaptureFixture[str], factory: str) -> None:
 
 @pytest.mark.slow
 def test_zoo(capsys: pytest.CaptureFixture[str], factory: str, config: str) -> None:
-    found = json.loads(
-        said(
-            capsys, "zoo", factory, config, "nowhere", "-r", "tie", "-r", "tie(loops=3)", "-r", "tie(loops=4)", "--json"
-        )
-    )
-    assert found[factory]["tie"] == found[config]["tie"] == found[config]["tie(loops=3)"] == "legal"
+    found = json.loads(said(capsys, "zoo", factory, config, "nowhere", "-r", "tie", "-r", "tie(loops=4)", "--json"))
+    assert found[factory]["tie"] == found[config]["tie"] == found[config]["tie(loops=4)"] == "legal"
     assert "4 loops do not divide the 6 layers" in found[factory]["tie(loops=4)"]
     assert "there is no model 'nowhere'" in found["nowhere"]["tie"]
     assert "yes" in said(capsys, "zoo", factory, "-r", "tie")

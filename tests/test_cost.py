@@ -82,7 +82,10 @@ KEEPING = {"mor_token": ("mor_token", {}), "mor of all tokens": ("mor", {"capaci
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "recipe"),
-    [*zip(cycle(oracles.KINDS), KEEPING), *((kind, "mor_token") for kind in oracles.KINDS[1:])],
+    [
+        *zip(cycle(oracles.KINDS), KEEPING),
+        *(pytest.param(kind, "mor_token", marks=pytest.mark.thorough) for kind in oracles.KINDS[1:]),
+    ],
 )
 def test_parameters_and_caches_are_exact(kind: str, recipe: str) -> None:
     """What a module holds, and what attention keeps after a prompt: to the byte."""

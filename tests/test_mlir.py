@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -28,7 +28,8 @@ from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 
 from .models import Spec, Stacked, assert_same, ids, seeded
-from .texts import GOLDEN
+from .texts import GOLDEN, call, linear_block
+from .texts import program as chain
 
 pytest.importorskip("torch_mlir", reason="torch-mlir has wheels for Linux x86-64 only")
 
@@ -293,6 +294,25 @@ def test_loops_that_do_not_read_their_index_stay_loops() -> None:
     assert_native(program, (ids(2, 5),), (ids(1, 3),))
 
 
+def loop_of_two(inner: Sequence[Call]) -> Program:
+    """A loop of some calls, and a call that reads what the loop wrote besides."""
+    made = chain([Loop("r", 3, tuple(inner)), call(0, reads=("t",))], [linear_block(sides=1)], ["t"])
+    weights = {name: torch.randn(4, 4) / 4 for name in made.params}
+    return made.with_weights(weights)
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_loops_with_several_results(carried: bool) -> None:
+    """Two values that every iteration carries; one that it carries, and one that it only writes."""
+    main = call(0, reads=("t",))
+    side = replace(main, reads=("t" if carried else "h", "h"), writes=("t",))
+    program = loop_of_two([main, side] if carried else [replace(main, reads=("h", "h")), side])
+    lowered = lower(program, module_of(program))
+    (entry,) = [op for op in lowered.module.body.operations if op.attributes["sym_name"].value == "main"]
+    assert str(entry).count("scf.for") == carried
+    assert_native(program, (torch.randn(2, 3, 4), torch.randn(2, 3, 4)))
+
+
 def test_loops_that_read_their_index_are_unrolled() -> None:
     first = next(op for op, _ in walk(small().body) if isinstance(op, Call)).params
     program = repeated(small(), 2, params=tuple(name.replace(".0.", ".{1 - r}.", 1) for name in first))
@@ -376,6 +396,8 @@ def test_ops_without_native_code_are_named() -> None:
 def test_weights_and_arguments_are_on_the_cpu() -> None:
     with pytest.raises(MlirError, match="weights on another device"):
         native(small().with_weights({name: w.to("meta") for name, w in small().weights.items()}))
+    with pytest.raises(MlirError, match="arguments on another device"):
+        native(small(), optimize=0)(ids(2, 5).to("meta"))
 
 
 def forms(program: Program) -> tuple[Program, ...]:

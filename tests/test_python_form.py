@@ -278,6 +278,11 @@ def test_names_that_python_has_taken() -> None:
     twice = Loop("r", 2, (call(0),))
     made = drawn(program([call(0), call(1), twice], [linear_block()], ["w", "torch", "l", "layer", "r", "under"]))
     agree(made, tuple(torch.randn(7, 2, 3, 4)))
+    assert "depthc.codegen" not in python_text(made)  # torch alone
+    for label in ("r", "b", "print", "inputs"):
+        ops = [replace(one, block=label) for one in (call(0), call(1))]
+        again = Loop("r", 2, (replace(call(0), block=label),))
+        agree(drawn(program([*ops, again], [linear_block(label)])), (torch.randn(2, 3, 4),))
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 import depthc
-from depthc.codegen.colours import luminance
 from depthc.codegen.dump.figures import LENGTHS, rows_of
 from depthc.codegen.dump.key import key_html
 from depthc.codegen.dump.parts import MOST_PARTS
@@ -33,6 +32,8 @@ from depthc.ir.text.functions import walk
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 from depthc.passes.stages import Stage, stages_of
+
+from .test_picture import contrast
 
 GOLDEN = Path(__file__).parent / "golden" / "report_mor.svg"
 MEAN = " + mean.dim(memory, [1], True)"
@@ -476,11 +477,6 @@ def test_passes_with_their_diffs() -> None:
 def test_text_is_deterministic(name: str) -> None:
     again = [replace(stage, program=replace(stage.program)) for stage in stages(name)]
     assert report_html(again, name) == page(name)
-
-
-def contrast(one: str, other: str) -> float:
-    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (bright + 0.05) / (dark + 0.05)
 
 
 def test_letters_stand_out() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from difflib import unified_diff
 from html import escape
 
+from depthc.codegen.dump.words import counted
+
 CONTEXT = 3
 SHORT = 80  # lines of a diff that is open from the start
 
@@ -22,9 +24,9 @@ def diff_html(before: str, after: str) -> str:
     if not lines:
         return '<p class="muted">The program\'s text is the same.</p>'
     added, removed = (sum(line.startswith(sign) for line in lines) for sign in "+-")
-    shown = lines[1:] if lines[0].startswith("@@") else lines
+    shown = lines[1:]  # without the place of the first hunk
     opened = " open" if len(shown) <= SHORT else ""
-    said = f"{added} line{'' if added == 1 else 's'} added, {removed} removed"
+    said = f"{counted(added, 'line')} added, {removed:,} removed"
     spans = "".join(map(_span, shown))
     return f'<details{opened}><summary>{said}</summary>\n<pre tabindex="0"><code>{spans}</code></pre>\n</details>'
 

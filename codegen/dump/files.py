@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from errno import EISDIR
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -78,7 +79,7 @@ def _lines(found: Mapping[str, Any]) -> str:
 def write(dump: Dump, folder: str | Path) -> Path:
     """Put the files into a folder, which is made if it is not there; files of the same name are replaced.
 
-    Everything is written beside the folder first, so that a full disk leaves nothing half-written.
+    Everything is written into a folder of its own first, so that a full disk leaves nothing half-written.
 
     Raises:
         DumpError: the folder cannot be written.
@@ -90,6 +91,8 @@ def write(dump: Dump, folder: str | Path) -> Path:
         made = Path(mkdtemp(prefix=".depthc-dump-", dir=target))
         for name, text in dump.files.items():
             (made / name).write_text(text, encoding="utf-8", newline="\n")
+        if taken := [name for name in dump.files if (target / name).is_dir()]:
+            raise IsADirectoryError(EISDIR, f"{taken[0]} is a folder there")
         for name in dump.files:
             os.replace(made / name, target / name)
     except OSError as error:

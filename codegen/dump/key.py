@@ -42,7 +42,7 @@ def _marks(parts: Sequence[Part | Tower], cells: Sequence[Cell]) -> Iterator[tup
         label = escape(layer.label)
         yield _cell(colour_class(layer.place), label), LAYER
     if any(not cell.kept for cell in cells):
-        yield _cell("gone", "2"), "a layer of which nothing is kept, or less than half"
+        yield _cell("gone", "2"), "a layer of which nothing is kept, or no more than half"
     if any(cell.label.endswith("*") for cell in cells):
         yield _cell("new", "2*"), "a part of its parameters is another set in every pass"
     if any(isinstance(part, Bracket) for part in parts):

@@ -21,9 +21,9 @@ MOST_PARTS = 12  # in a row, before the middle is left out
 class Cell:
     """One layer: a small box with the label of its parameter set.
 
-    `made` says what a set of the rewritten program consists of; `kept` is False where that program has less than half
-    of the layer. `rule` says in a few letters on which tokens it runs, `only` in words, and `times` how often in a row.
-    A cell without a label is a segment between layers.
+    `made` says what a set of the rewritten program consists of; `kept` is False where that program has no more than
+    half of the layer. `rule` says in a few letters on which tokens it runs, `only` in words, and `times` how often in
+    a row. A cell without a label is a segment between layers.
     """
 
     label: str
@@ -180,7 +180,7 @@ class _Reader:
     def cell(self, op: Call, scope: Scope) -> Cell:
         passes = all_passes(scope.loops)
         found = self.sets.of_call(self.program, op, passes)
-        size = self.sets.size(self.program, op, passes)
+        size = self.sets.size(self.program, op, passes[0])
         words = f"{op.layer or op.block}: parameter set {found.label}, {size:,} parameters"
         kept = found not in self.sets.captured or self.sets.kept(found.label)
         plan = planned(op.kv)

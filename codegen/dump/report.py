@@ -14,7 +14,7 @@ from depthc.codegen.dump.sets import ParamSet, Sets
 from depthc.codegen.dump.story import story
 from depthc.codegen.dump.style import style_of
 from depthc.codegen.dump.words import counted
-from depthc.ir.cost.layers import applications
+from depthc.ir.cost.layers import applications, stored_layers
 from depthc.ir.program import Program
 from depthc.passes.stages import Stage
 
@@ -40,7 +40,7 @@ def report_html(stages: Sequence[Stage], title: str, missing: Mapping[str, str] 
     first, last = stages[0], stages[-1]
     sets = Sets(first.program, last.program)
     read = [_sets_of(stage.program, sets) for stage in (first, last)]
-    stored = (len({one.family for one in read[0]}), len({one.family for one in read[1]}))
+    stored = (stored_layers(first.program), stored_layers(last.program))
     body = [
         *_heading(stages, sets, title, stored),
         *_pictures(first, last, sets),

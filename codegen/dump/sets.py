@@ -63,7 +63,7 @@ class Sets:
         self._known: dict[frozenset[Tensor], ParamSet] = {}
         self._homes: dict[Tensor, ParamSet] = {}
         self._variants: dict[str, Iterator[str]] = {}
-        self._letters = _names()
+        self._letters = _names(ascii_uppercase)
         self._add_captured(before)
         self.captured = frozenset(self._known.values())
         for stack in after.stacks:
@@ -93,9 +93,9 @@ class Sets:
         tensors = next(tensors for tensors, found in self._known.items() if found.label == label)
         return not tensors or self._size(tensors & self._used) * 2 > self._size(tensors)
 
-    def size(self, program: Program, call: Call, passes: Sequence[Mapping[str, int]]) -> int:
+    def size(self, program: Program, call: Call, indices: Mapping[str, int]) -> int:
         """The numbers in the trained tensors that a call reads."""
-        return self._size(self._read(program, call, passes[0]))
+        return self._size(self._read(program, call, indices))
 
     def tensors(
         self, program: Program, segment: Segment, passes: Sequence[Mapping[str, int]]
@@ -130,12 +130,13 @@ class Sets:
         for stack, prefix in zip(program.stacks, prefixes, strict=True):
             found = (self._read(program, call, indices) for call, indices in applications(stack.ops))
             groups += [(tensors, f"{prefix}{n}") for n, tensors in enumerate(dict.fromkeys(found))]
-        labels = {tensors: label for tensors, label in reversed(groups) if tensors}
-        order = [tensors for tensors, _ in groups if tensors]
-        last = max(1, len(order) - 1)
+        labels: dict[frozenset[Tensor], str] = {}
+        for tensors, label in groups:
+            if tensors:
+                labels.setdefault(tensors, label)
         self._known[frozenset()] = ParamSet(NO_VALUE, NO_VALUE, "no parameters")
-        for n, tensors in enumerate(dict.fromkeys(order)):
-            self._keep(tensors, ParamSet(labels[tensors], labels[tensors], place=n / last))
+        for n, (tensors, label) in enumerate(labels.items()):
+            self._keep(tensors, ParamSet(label, label, place=n / max(1, len(labels) - 1)))
 
     def _keep(self, tensors: frozenset[Tensor], found: ParamSet) -> ParamSet:
         self._known[tensors] = found
@@ -167,9 +168,9 @@ class Sets:
         base = self._nearest(tensors)
         if base is not None:
             own = self._size({t for t in tensors if t not in self._homes or self._homes[t].family != base.family})
-            letters = self._variants.setdefault(base.family, iter(ascii_lowercase))
+            letters = self._variants.setdefault(base.family, _names(ascii_lowercase))
             words = f"{base.label}, but for {own:,} parameters"
-            return ParamSet(f"{base.family}{next(letters, '+')}", base.family, words, base.place)
+            return ParamSet(f"{base.family}{next(letters)}", base.family, words, base.place)
         made = [tensor for tensor in sorted(tensors, key=repr) if tensor[1] is not None]
         origins = [origin for tensor in made or tensors for origin in _origins(tensor)]
         homes = {self._homes[origin] for origin in origins if origin in self._homes}
@@ -220,10 +221,10 @@ def _made_of(kinds: Set[type], sources: Sequence[str]) -> str:
     return f"made of {said}"
 
 
-def _names() -> Iterator[str]:
-    """A, B, ..., Z, A1, B1, ..."""
+def _names(letters: str) -> Iterator[str]:
+    """A, B, ..., Z, A1, B1, ... of these letters."""
     for turn in count():
-        yield from (f"{letter}{turn or ''}" for letter in ascii_uppercase)
+        yield from (f"{letter}{turn or ''}" for letter in letters)
 
 
 def _prefixes(stacks: Sequence[Stack]) -> list[str]:

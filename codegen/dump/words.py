@@ -61,13 +61,13 @@ def share(number: float) -> str:
     """A share as a fraction, where it is a simple one.
 
     Example:
-        >>> share(0.125), share(2 / 3), share(0.3333), share(1.0)
-        ('1/8', '2/3', '33.3%', 'all')
+        >>> share(0.125), share(2 / 3), share(0.3333), share(0.99), share(1.0)
+        ('1/8', '2/3', '33.3%', '99%', 'all')
     """
     near = Fraction(number).limit_denominator(32)
-    if near == 1:
-        return "all"
-    return f"{near}" if abs(near - number) < 1e-9 else f"{100 * number:.3g}%"
+    if abs(near - number) >= 1e-9:
+        return f"{100 * number:.3g}%"
+    return "all" if near == 1 else f"{near}"
 
 
 def listed(words: Sequence[str]) -> str:

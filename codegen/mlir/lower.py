@@ -21,7 +21,7 @@ from depthc.ir.evaluate import indexed
 from depthc.ir.mlir.context import verify_module
 from depthc.ir.mlir.emit import labels_of
 from depthc.ir.mlir.rules import count_of, texts
-from depthc.ir.mlir.types import TensorType
+from depthc.ir.mlir.types import TensorType, parts
 from depthc.ir.program import Program
 
 ENTRY = "main"
@@ -260,7 +260,9 @@ class Lowering:
 
 
 def _width(op: Any) -> int:
-    return len(op.regions[0].blocks[0].operations[len(op.regions[0].blocks[0].operations) - 1].operands)
+    """How many values an iteration yields; several travel as one tuple."""
+    *_, last = op.regions[0].blocks[0].operations
+    return sum(len(parts(value.type)) for value in last.operands)
 
 
 def _reads(block: Any, index: str) -> bool:

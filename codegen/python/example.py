@@ -19,6 +19,8 @@ from depthc.ir.types import Type
 
 aten = torch.ops.aten
 _BATCH, _LENGTH, _TRIED = 2, 8, 20_000  # what is wished for, and how many combinations are looked at
+# What the lines below assign, and the builtins that they and the printed bodies call.
+EXAMPLE = ("gigabytes", "limit", "inputs", "print", "float", "len", "tuple", "slice", "complex", "getattr")
 GUARD = """\
 gigabytes, limit = {bytes} / 1e9, float(sys.argv[1]) if len(sys.argv) > 1 else {limit}
 print(f"weights: {{gigabytes:.3g}} GB on the CPU; the limit is {{limit:g}} GB, the first argument of this file")
@@ -95,7 +97,7 @@ def legal_sizes(signature: Signature) -> dict[str, int] | None:
     names = list(dict.fromkeys([*signature.ranges, *sorted({n for t in types for n in t.size_names()})]))
     for values in islice(product(*(_candidates(name, signature) for name in names)), _TRIED):
         found = dict(zip(names, values, strict=True))
-        if all(sizes.evaluate(guard, found) for guard in signature.guards) and all(
+        if all(sizes.met(guard, found) for guard in signature.guards) and all(
             size > 0 for type in types for size in type.sizes(found)
         ):
             return found

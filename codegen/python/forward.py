@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from depthc.codegen.python.functions import PythonFunction
 from depthc.codegen.python.pieces import entry, folded
+from depthc.ir import sizes
 from depthc.ir.names import Names
 from depthc.ir.params import STEP
 from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
@@ -177,7 +179,7 @@ class Forward:
     def _applied(self, op: Call | Segment) -> Statement:
         function = self.functions[function_key(op)]
         reads: list[list[Piece]] = [[self._value(r), ".mask"] if r in self.sets else [self._value(r)] for r in op.reads]
-        consts: list[list[Piece]] = [[number(c)] for c in op.consts] if isinstance(op, Call) else []
+        consts: list[list[Piece]] = [_constant(c) for c in op.consts] if isinstance(op, Call) else []
         options: list[list[Piece]] = []
         if isinstance(op, Call) and (self.region or op.kv):
             options += [[f"on={self.region}"]] if self.region else []
@@ -297,9 +299,14 @@ def _broken(text: str) -> list[str]:
 
 
 def _plain(value: float) -> ast.expr:
-    """A number; infinity by its name in Python."""
-    text = ast.unparse(literal_syntax(value)).replace("inf", "math.inf")
+    """A number; infinity, and what is none, by their names in Python."""
+    text = re.sub("inf|nan", r"math.\g<0>", ast.unparse(literal_syntax(value)))
     return ast.parse(text, mode="eval").body
+
+
+def _constant(value: float) -> list[Piece]:
+    """A number that may grow from line to line, if it is one."""
+    return [number(value) if math.isfinite(value) else ast.unparse(_plain(value))]
 
 
 def indexed_text(name: str) -> str:
@@ -309,7 +316,6 @@ def indexed_text(name: str) -> str:
         >>> indexed_text("layers.{2*r+1}.w"), indexed_text("layers.{1 + 1}.w")
         ('layers.{2 * r + 1}.w', 'layers.2.w')
     """
-    from depthc.ir import sizes
 
     def spelled(match: re.Match[str]) -> str:
         tree = sizes.read(match[1])
@@ -333,7 +339,7 @@ class _Output(TreeWriter):
         def leaf(_: Path) -> ast.expr:
             output = next(outputs)
             if not isinstance(output, str):
-                return literal_syntax(output.value)
+                return _plain(output.value) if isinstance(output.value, float) else literal_syntax(output.value)
             marks.append(self.names[output])
             return ast.Name(f"_output_{len(marks) - 1}_")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from depthc.codegen.python.example import example_lines
+from depthc.codegen.python.example import EXAMPLE, example_lines
 from depthc.codegen.python.forward import BUILTIN, HELPERS, LOCAL, Forward, value_names
 from depthc.codegen.python.functions import PythonFunction, libraries, python_function
 from depthc.codegen.python.parameters import DEFINITIONS, parameter_lines
@@ -65,8 +66,8 @@ def python_text(program: Program, title: str = "") -> str:
         True
     """
     names = value_names(program)
-    functions = _functions(program, names)
     loops = {op.index for op, _ in walk(program.body) if isinstance(op, Loop)}
+    functions = _functions(program, names, loops)
     indices = {f.label for f in functions.values()} | {f.slots for f in functions.values()} | loops
     forward = Forward(program, functions, names, indices)
     main = forward.lines()
@@ -87,7 +88,8 @@ def python_text(program: Program, title: str = "") -> str:
 
 
 def _calls(name: str, text: str) -> bool:
-    return f"{name}(" in text
+    """Whether a text calls a function, and no other whose name ends like it."""
+    return re.search(rf"(?<![\w.]){name}\(", text) is not None
 
 
 def _imports(code: Sequence[str], helpers: Sequence[str], libraries: Sequence[str]) -> Iterator[str]:
@@ -105,9 +107,10 @@ def _imports(code: Sequence[str], helpers: Sequence[str], libraries: Sequence[st
         yield "END = 2**63 - 1  # the open end of a slice"
 
 
-def _functions(program: Program, names: Mapping[str, str]) -> dict[Any, PythonFunction]:
-    """The functions of a program, under names that no value has."""
-    taken = Names({*names.values(), *HELPERS, *LOCAL, *BUILTIN, *DEFINITIONS})
+def _functions(program: Program, names: Mapping[str, str], loops: Collection[str]) -> dict[Any, PythonFunction]:
+    """The functions of a program, under names that nothing else in the module has."""
+    others = {*HELPERS, *LOCAL, *BUILTIN, *DEFINITIONS, *EXAMPLE}
+    taken = Names({*names.values(), *loops, *program.signature.ranges, *others})
     found = collect(program, taken.taken)
     routed = _routed(program)
     made: dict[Any, PythonFunction] = {}

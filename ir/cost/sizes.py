@@ -23,7 +23,7 @@ def sizes_of(program: Program, length: int) -> dict[str, int]:
     least = {name: _within(1, span) for name, span in ranges.items()}
     for tried in range(length, max(0, length - _TRIES), -1):
         found = {name: _within(tried, span) if name in tokens else least[name] for name, span in ranges.items()}
-        if all(sizes.evaluate(guard, found) for guard in program.signature.guards):
+        if all(sizes.met(guard, found) for guard in program.signature.guards):
             return found
     return least
 

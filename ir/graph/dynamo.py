@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -146,7 +147,8 @@ class _Lowering:
         """The name in the state dict of the module that the frame runs; with its own name before it for another one."""
         name = ".".join(_PATH.findall(source)) or re.sub(r"\W+", "_", source).strip("_")
         owner = re.sub(r"\W+", "_", source.split("._", 1)[0]).strip("_")
-        return f"{owner}.{name}" if name in self.params else name
+        tried = chain((name, f"{owner}.{name}"), (f"{owner}.{number}.{name}" for number in count(1)))
+        return next(each for each in tried if each not in self.params)
 
     def _known(self) -> dict[str, tuple[fx.Node, int]]:
         """For every size name, the input and dimension that have that size."""

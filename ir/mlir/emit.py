@@ -17,7 +17,7 @@ from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, S
 from depthc.ir.regions import row_names
 from depthc.ir.signature import Signature
 from depthc.ir.text.functions import Function, collect, function_key
-from depthc.ir.text.printer import expr_text
+from depthc.ir.text.printer import expr_text, range_text
 
 Values = dict[str, Any]
 
@@ -282,6 +282,5 @@ def _plan(plan: Kv) -> str:
 
 def _conditions(signature: Signature) -> Iterator[str]:
     """The legal sizes."""
-    for size, (low, high) in signature.ranges.items():
-        yield f"{low} <= {size}" + (f" <= {high}" if high is not None else "")
+    yield from (range_text(name, *span) for name, span in signature.ranges.items())
     yield from signature.guards

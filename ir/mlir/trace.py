@@ -68,12 +68,7 @@ class Sizes:
 
     @staticmethod
     def _met(guard: str, found: Mapping[str, int]) -> bool:
-        if not sizes.names(sizes.read(guard)) <= found.keys():
-            return True
-        try:
-            return bool(sizes.evaluate(guard, found))
-        except ZeroDivisionError:
-            return False
+        return not sizes.names(sizes.read(guard)) <= found.keys() or sizes.met(guard, found)
 
 
 NOTHING = Sizes()

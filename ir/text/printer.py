@@ -86,7 +86,7 @@ class _Printer:
             yield f"@training({', '.join(map(str, program.modes))})"
         yield f"def {program.name}({self.header}):"
         if signature.ranges:
-            yield f"    sizes({', '.join(_range(n, *span) for n, span in signature.ranges.items())})"
+            yield f"    sizes({', '.join(range_text(n, *span) for n, span in signature.ranges.items())})"
         yield from (f"    assert {ast.unparse(size_syntax(guard))}" for guard in signature.guards)
         derived = derived_params(self.functions.values())
         extra = [_param(n, p) for n, p in program.params.items() if derived.get(n) != p]
@@ -211,7 +211,8 @@ def _kv(plan: Kv) -> list[Piece]:
     return [f"{plan.mode}(", words("string", plan.slot), ")"] if plan.slot else [plan.mode]
 
 
-def _range(size: str, low: int, high: int | None) -> str:
+def range_text(size: str, low: int, high: int | None) -> str:
+    """The smallest and largest legal value of a size."""
     return f"{low} <= {size}" + (f" <= {high}" if high is not None else "")
 
 
