@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from depthc.codegen.aux import Aux
+from depthc.codegen.causal import flagged
 from depthc.codegen.checkpointing import Checkpointing
+from depthc.codegen.choices import Choices, choices_of
 from depthc.codegen.functions import function_of
+from depthc.codegen.kernels.common import require_one_of
+from depthc.codegen.kernels.shared_attention.attend import attend
 from depthc.codegen.loops import LoopBody
+from depthc.codegen.routing import KERNELS, KernelEvaluator, combines_of
 from depthc.codegen.rows import RowsLowering
 from depthc.ir import selection, sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import InputError, StateDictError
-from depthc.ir.evaluate import Evaluator, WeightParams
+from depthc.ir.evaluate import WeightParams
 from depthc.ir.params import STEP
 from depthc.ir.program import Loop, Merge, On, Op, Program, Segment, Select, Stack
 from depthc.ir.selection import stage_begin
@@ -54,6 +59,7 @@ class DepthModule(Checkpointing, nn.Module):
         program = settle(program, copies=False)
         self.recipe, self.history = recipe or Recipe(), history
         self.add_losses, self.selection = False, "inference"
+        self._kernels = frozenset(KERNELS)
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         values = WeightParams(program)
         made: dict[int, Tensor] = {}
@@ -62,10 +68,10 @@ class DepthModule(Checkpointing, nn.Module):
         self._bodies = {body.certificate: body for body in bodies_of(program)}
         functions = {key: function_of(body) for key, body in self._bodies.items()}
         self._functions = dict.fromkeys((False, True), functions)
-        self._rows = RowsLowering()
+        self._rows_by(lambda function: function)
         self._blocks = {block.body.certificate for block in program.blocks.values()}
         self.program = program.with_weights(_Weights(self))
-        self._warmups = _warmups(program)
+        self._warmups, self._combines = _warmups(program), combines_of(program)
         self._read_step()
         self.register_load_state_dict_post_hook(_read_step)  # also where a module around this one loads
 
@@ -127,7 +133,39 @@ class DepthModule(Checkpointing, nn.Module):
         self._functions = {  # two functions a body: what one mode needs takes nothing of Dynamo's limit from the other
             mode: {key: inner(function_of(body)) for key, body in self._bodies.items()} for mode in (False, True)
         }
-        self._rows = RowsLowering(inner)
+        self._rows_by(inner)
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """The kernels that are on, of `depthc.codegen.routing.KERNELS`; assign some of them to turn the others off.
+
+        Raises:
+            InputError: there is no such kernel.
+        """
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, names: Collection[str]) -> None:
+        for name in names:
+            require_one_of("a kernel", name, KERNELS)
+        self._kernels = frozenset(names)
+        self._rows_by(self._compiled)
+
+    def explain_kernels(self) -> Choices:
+        """Which kernel runs each step of every routed region where the module is now, and why.
+
+        Example:
+            >>> print(compiled.explain_kernels())  # doctest: +SKIP
+            step    site                  kernel       because
+            select  model.layers: chosen  select_topk  topk([1.0, 0.5][r])
+        """
+        device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
+        return choices_of(self.program, self._kernels, device)
+
+    def _rows_by(self, compile: Callable[..., Any]) -> None:
+        """Blocks on rows as functions, each compiled by `compile`."""
+        self._compiled = compile
+        self._rows = RowsLowering(compile, attend if "attention" in self._kernels else None)
 
     def set_step(self, step: int) -> None:
         """Say how many optimizer steps were taken, for what warms up; it is saved with the parameters.
@@ -163,12 +201,12 @@ class DepthModule(Checkpointing, nn.Module):
         """
         return LoopBody(self.program, name, self._evaluator)
 
-    def _evaluator(self, device: torch.device) -> Evaluator:
+    def _evaluator(self, device: torch.device) -> KernelEvaluator:
         self._check(device)
-        evaluator = Evaluator(
+        evaluator = KernelEvaluator(
             self.program, self.parameter_of, device, self.training, self._run_body, self.selection, self._step
         )
-        evaluator.run_rows = self._rows
+        evaluator.run_rows, evaluator.kernels, evaluator.combines = self._rows, self._kernels, self._combines
         if self._checkpoint is not None and self.training:
             evaluator.run_rows = partial(self._checkpoint, self._rows)
         return evaluator
@@ -276,7 +314,11 @@ def lower(
     recipe: Recipe | None = None,
     history: tuple[Step, ...] = (),
 ) -> DepthModule:
-    """A module that computes `program`; `signature` is shown as its forward's."""
+    """A module that computes `program`; `signature` is shown as its forward's.
+
+    A program that passes rewrote takes its causal masks as flags (`depthc.codegen.causal`); without a `history` it runs
+    op for op as it was captured.
+    """
     for reader in (sizes.postfix, selection.parse_rule):  # of texts, which Dynamo need not look into
         torch.compiler.assume_constant_result(reader)
 
@@ -291,7 +333,7 @@ def lower(
             parameters[0] = own.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
         forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     kind = type(f"Depth{program.name}", (DepthModule,), {"forward": forward, "__module__": __name__})
-    return kind(program, recipe, history)  # type: ignore[no-any-return]
+    return kind(flagged(program) if history else program, recipe, history)  # type: ignore[no-any-return]
 
 
 def bodies_of(program: Program) -> list[Body]:

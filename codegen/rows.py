@@ -26,6 +26,7 @@ from depthc.ir.axes.caches import Cached, cached_of
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.program import Block, Kv
 from depthc.ir.rows.execution import Cache
+from depthc.ir.rows.fitting import Attend
 from depthc.ir.rows.run import prepare, run_rows
 from depthc.ir.sizes import Size
 from depthc.ir.types import Type
@@ -43,10 +44,15 @@ class RowsLowering:
 
     Args:
         compile: applied to every graph's function.
+        attend: see `depthc.ir.rows.fitting.Attend`.
     """
 
-    def __init__(self, compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function) -> None:
-        self._compile = compile
+    def __init__(
+        self,
+        compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
+        attend: Attend | None = None,
+    ) -> None:
+        self._compile, self._attend = compile, attend
         self._make = torch.compiler.disable(self._made)  # Dynamo sees the graphs, not how they come about
         self._graphs: dict[Any, Callable[..., Any]] = {}
 
@@ -74,7 +80,15 @@ class RowsLowering:
         tensors |= {name: rows.get(name) for name in _ROW_SIZES}
         cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         way = Way(
-            block, tuple(consts), tuple([plan.mode for plan in kv]), ordered, tuple(causal), training, device, cast
+            block,
+            tuple(consts),
+            tuple([plan.mode for plan in kv]),
+            ordered,
+            tuple(causal),
+            training,
+            device,
+            cast,
+            self._attend,
         )
         leaves = pytree.tree_leaves(tensors)
         key = (block.body.certificate, block.carries, *way.options, _structure(tensors), tuple(map(_kind, leaves)))
@@ -109,6 +123,7 @@ class Way:
     training: bool
     device: torch.device
     cast: torch.dtype | None  # of autocast, if that is on
+    attend: Attend | None = None
 
     @property
     def options(self) -> tuple[Any, ...]:
@@ -133,6 +148,7 @@ class Way:
             length=None if ruler is None else ruler.shape[0],
             ordered=self.ordered,
             causal=self.causal,
+            attend=self.attend,
             training=self.training,
             device=self.device,
             **given,

@@ -134,11 +134,15 @@ class Evaluator:
 
     def select(self, op: Select, values: Mapping[str, Any], indices: Mapping[str, int]) -> TokenSet:
         """A token set of scores."""
-        rule, judged = op.rule, op.score
-        if op.inference and self.selection == "inference":
-            rule, judged = op.inference, op.judge or op.score
+        rule, judged = self.rule(op)
         score, among, of, within = (values[name] if name else None for name in (judged, op.among, op.of, op.within))
         return select(rule, score, among, of, indices, self.step, within)
+
+    def rule(self, op: Select) -> tuple[str, str | None]:
+        """The rule that counts now, and the name of the score that it judges."""
+        if op.inference and self.selection == "inference":
+            return op.inference, op.judge or op.score
+        return op.rule, op.score
 
     def on(self, op: On, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Run a region on the tokens of a set; see `depthc.ir.regions`."""

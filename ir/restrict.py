@@ -27,7 +27,7 @@ def restricted(program: Program, output: str) -> Program:
         if isinstance(item, Segment):
             if not live & {*item.writes}:
                 continue
-            item = _only(item, live)
+            item = only(item, live)
             live = live - {*item.writes} | {*item.reads}
         else:
             live |= {*read_first(item.ops)}
@@ -35,7 +35,7 @@ def restricted(program: Program, output: str) -> Program:
     return replace(program, body=tuple(reversed(body)), signature=_taking(signature, live))
 
 
-def _only(segment: Segment, live: set[str]) -> Segment:
+def only(segment: Segment, live: set[str]) -> Segment:
     """A segment with the results that are live, and the inputs that those need."""
     kept = [i for i, name in enumerate(segment.writes) if name in live]
     body = segment.body

@@ -148,12 +148,17 @@ def select(
     name, number = read_rule(rule, indices or {}, step)
     if among is None:
         assert score is not None, "verify asks for a score or candidates"
-        mask = torch.ones(score.shape[:2], dtype=torch.bool, device=score.device)
-        among = TokenSet(mask, count=mask.shape[1])
+        among = all_tokens(score)
     if reads_score(name, number):
         assert score is not None, "verify asks for a score"
         refuse_nan(score, among.mask)
     return choose(name, number, score, among, of, within)
+
+
+def all_tokens(score: Tensor) -> TokenSet:
+    """The set of all tokens of a score [batch, tokens, ...]."""
+    mask = torch.ones(score.shape[:2], dtype=torch.bool, device=score.device)
+    return TokenSet(mask, count=mask.shape[1])
 
 
 def reads_score(name: str, number: float) -> bool:
@@ -185,15 +190,28 @@ def choose(
 
 def _best(score: Tensor, among: TokenSet, of: TokenSet, capacity: float) -> TokenSet:
     """The `max(1, int(capacity * n))` best candidates of every batch row, at most all of them."""
-    if of.count is not None and among.count is not None:
-        count = min(_share(of.count, capacity), among.count)
+    count, most, wanted = share_of(among, of, capacity)
+    if count is not None:
         if count == among.count:
             return among
         best = torch.zeros_like(among.mask).scatter(1, ranked(score, among.mask)[:, :count], True)
         return TokenSet(best, count=count)
-    sizes = of.mask.sum(1)
-    wanted = (sizes.double() * capacity).long().clamp(min=1)
-    return TokenSet(best_of(score, among.mask, wanted), most=_share(score.shape[1], capacity))
+    assert wanted is not None
+    return TokenSet(best_of(score, among.mask, wanted), most=most)
+
+
+def share_of(among: TokenSet, of: TokenSet, capacity: float) -> tuple[int | None, int, Tensor | None]:
+    """How many candidates a capacity lets in: (in every row, where that is known; at most; in each row, if it is not).
+
+    Example:
+        >>> everyone = all_tokens(torch.zeros(1, 8))
+        >>> share_of(everyone, everyone, 0.5)
+        (4, 4, None)
+    """
+    if of.count is not None and among.count is not None:
+        count = min(_share(of.count, capacity), among.count)
+        return count, count, None
+    return None, _share(of.mask.shape[1], capacity), (of.mask.sum(1).double() * capacity).long().clamp(min=1)
 
 
 def best_of(score: Tensor, among: Tensor, wanted: Tensor) -> Tensor:

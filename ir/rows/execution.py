@@ -13,7 +13,7 @@ from depthc.ir.axes.labels import Label, kinds_in
 from depthc.ir.axes.ops import FILLS, Slot, map_operands, op_name
 from depthc.ir.rows import varlen
 from depthc.ir.rows.extents import Extents
-from depthc.ir.rows.fitting import Fitting
+from depthc.ir.rows.fitting import Attend, Fitting
 from depthc.ir.rows.gather import Reader, Rows, append_rows, overwrite_rows
 from depthc.ir.rows.packing import PADDED, Packing
 from depthc.ir.rows.schedule import HERE, Frame, Schedule, Source
@@ -34,6 +34,7 @@ class Execution:
         ordered: whether positions ascend.
         causal: of every port, whether its mask is known to be causality and no more; empty: of none.
         length: the number of all tokens, if it is known.
+        attend: attention to the keys of all tokens as one function.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Execution:
         ordered: bool,
         causal: Sequence[bool],
         length: int | None,
+        attend: Attend | None = None,
     ) -> None:
         body = schedule.axes.block.body
         self.schedule, self.axes, self.caches, self.causal = schedule, schedule.axes, caches, causal
@@ -64,7 +66,7 @@ class Execution:
         for port, source in enumerate(schedule.sources):
             if not schedule.ports[port].cross:
                 self.frames[port] = self._keys(port, source, keys)
-        self.fitting = Fitting(schedule, self.sizes, ordered)
+        self.fitting = Fitting(schedule, self.sizes, ordered, attend)
         for node in body.placeholders_of("value")[: self.axes.block.carries]:
             self.values[node, HERE] = self.feeds[node]
 

@@ -20,6 +20,10 @@ from depthc.ir.rows.schedule import HERE, Frame, Schedule
 
 aten = torch.ops.aten
 
+Attend = Callable[[Tensor, Tensor, Tensor], Callable[..., Tensor] | None]
+"""For queries, keys and values [batch, heads, tokens, features] a function (queries, keys, values, positions, valid,
+keep, scale) -> output, causal by position (`depthc.codegen.kernels.shared_attention`); None if it takes none such."""
+
 # Ops over the keys in which a score at the lowest number counts for nothing, and those in which a zero does.
 _LOGARITHMIC = {"softmax", "log_softmax", "amax", "max", "logsumexp"}
 _ADDITIVE = {"sum"}
@@ -28,8 +32,9 @@ _ADDITIVE = {"sum"}
 class Fitting:
     """Adapts the arguments of ops to their frames."""
 
-    def __init__(self, schedule: Schedule, sizes: Extents, ordered: bool) -> None:
+    def __init__(self, schedule: Schedule, sizes: Extents, ordered: bool, attend: Attend | None = None) -> None:
         self.schedule, self.axes, self.sizes, self.ordered = schedule, schedule.axes, sizes, ordered
+        self.attend = attend
 
     def target(self, node: fx.Node, frame: Frame, args: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """Adapt `args` and `kwargs` in place; returns what to call with them."""
@@ -42,7 +47,7 @@ class Fitting:
         if name == "slice":
             self._slice(node, frame, port, args)
         elif self.axes.kinds.get(node) == "fused":
-            self._attention(node, port, args, kwargs)
+            return self._by_position(node, port, args, kwargs) or self._attention(node, port, args, kwargs)
         elif port != HERE and not self.schedule.ports[port].cross:
             self._scores(node, frame, port, args)
         return node.target  # type: ignore[return-value]
@@ -66,7 +71,23 @@ class Fitting:
             end = start + count
         args[1:] = [d, start, end]
 
-    def _attention(self, node: fx.Node, port: Frame, args: list[Any], kwargs: dict[str, Any]) -> None:
+    def _by_position(
+        self, node: fx.Node, port: Frame, args: list[Any], kwargs: dict[str, Any]
+    ) -> Callable[..., Any] | None:
+        """Causal attention of the rows at hand to the keys of all tokens as one function, if there is one."""
+        here = self.sizes.frames[HERE]
+        if self.attend is None or here.positions is None or not attends_by_position(self.schedule, node):
+            return None
+        keys, function = self.sizes.frames[port], self.attend(*args[:3])
+        if function is None or keys.positions is not None:
+            return None
+        positions = here.positions.expand(self.sizes.batch, -1)
+        scale = kwargs.get("scale", None if len(args) < 7 else args[6])
+        args[3:] = [positions, here.valid, keys.valid, scale]
+        kwargs.clear()
+        return function
+
+    def _attention(self, node: fx.Node, port: Frame, args: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """An attention op whose keys are not simply the rows at hand in order."""
         here, cross = self.sizes.frames[HERE], self.schedule.ports[port].cross
         own = not cross and self.schedule.sources[port] == "own"
@@ -75,13 +96,14 @@ class Fitting:
         axis: Label = self.axes.read(node, (1, -1), node.args[1])[-2:-1]  # type: ignore[arg-type]
         keys = Rows(self.sizes.here(HERE, port)(axis[0])) if cross else self.sizes.frames[port]
         if keys.valid is None and (in_order or not causal):
-            return
+            return node.target  # type: ignore[return-value]
         key = axis[0][0] if cross else self.axes.key
         space = (*self.axes.labels[node][:-1], *axis)
         mask = self._placed(self._allowed(keys, causal, args[0].device), key, space, HERE, port)
         args.extend([None, 0.0, False][len(args) - 3 :])
         args[5] = False
         args[3] = _both(kwargs.pop("attn_mask", None) if args[3] is None else args[3], mask)
+        return node.target  # type: ignore[return-value]
 
     def _allowed(self, keys: Rows, causal: bool, device: torch.device) -> Tensor:
         """[batch, token, key]: which keys a token may read. Rows that are not valid read all: no row may be empty."""
@@ -111,6 +133,24 @@ class Fitting:
                 allowed = self._allowed(keys, False, args[at].device)
                 mask = self._placed(allowed, self.axes.key, label, frame, port)
                 args[at] = args[at].masked_fill(~mask, torch.finfo(args[at].dtype).min if logarithmic else 0.0)
+
+
+def attends_by_position(schedule: Schedule, node: fx.Node) -> bool:
+    """Whether an op is causal attention, without another mask, to keys that another pass stored."""
+    port = schedule.port_of[node]
+    given = not schedule.ports[port].cross and schedule.sources[port] in ("given", "update")
+    plain = all(is_plain(schedule, source) for source in node.args[:3])  # type: ignore[arg-type]
+    masked = argument(node, 3, "attn_mask") is not None or argument(node, 4, "dropout_p", 0.0) != 0.0
+    return given and plain and not masked and bool(argument(node, 5, "is_causal", False))
+
+
+def is_plain(schedule: Schedule, source: fx.Node) -> bool:
+    """Whether a value is laid out as [batch, heads, tokens, features]."""
+    axes = schedule.axes
+    label = axes.labels[source]
+    if source not in axes.moving or len(label) != 4:
+        return False
+    return label[0] == (axes.batch,) and label[2] == (axes.token,)
 
 
 def _both(given: Tensor | None, mask: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import SubsetError
 from depthc.ir.program import Block, Kv
 from depthc.ir.rows.execution import Cache, Execution
+from depthc.ir.rows.fitting import Attend
 from depthc.ir.rows.gather import Rows
 from depthc.ir.rows.schedule import Schedule, Source, schedule_of
 
@@ -37,6 +38,7 @@ def run_rows(
     ordered: bool = False,
     causal: Sequence[bool] = (),
     length: int | None = None,
+    attend: Attend | None = None,
     training: bool = False,
     device: torch.device | str | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
@@ -60,6 +62,7 @@ def run_rows(
         causal: promises of every port that its mask is causality and no more; then attention on packed rows need not
             read it.
         length: the number of all tokens, where no side input tells and the block computes with it.
+        attend: gives attention to the keys of all tokens as one function, where it has one (see `Attend`).
         training, device: of the run; the device is that of the carry by default.
 
     Returns:
@@ -77,7 +80,7 @@ def run_rows(
         (*carries, *sides), params, consts, training=training, device=device or carries[0].device
     )
     keys = Rows(0, key_positions, key_valid)
-    run = Execution(schedule, feeds, given, positions, valid, slots, keys, ordered, causal, length)
+    run = Execution(schedule, feeds, given, positions, valid, slots, keys, ordered, causal, length, attend)
     return run.results(), tuple(run.cache(port, own) for port, own in enumerate(stored))
 
 

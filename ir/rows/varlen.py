@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from depthc.ir.axes.ops import argument
+from depthc.ir.rows.fitting import is_plain
 from depthc.ir.rows.packing import Packing
 from depthc.ir.rows.schedule import Schedule
 
@@ -31,17 +32,8 @@ def fits(schedule: Schedule, node: fx.Node, causal: Sequence[bool]) -> bool:
     port = schedule.port_of[node]
     masked = argument(node, 3, "attn_mask") is not None and not (causal and causal[port])
     masked = masked or argument(node, 4, "dropout_p", 0.0) != 0.0
-    plain = all(_is_plain(schedule, source) for source in node.args[:3])  # type: ignore[arg-type]
+    plain = all(is_plain(schedule, source) for source in node.args[:3])  # type: ignore[arg-type]
     return schedule.sources[port] == "own" and not schedule.ports[port].cross and not masked and plain
-
-
-def _is_plain(schedule: Schedule, source: fx.Node) -> bool:
-    """Whether a value is laid out as [batch, heads, tokens, features]."""
-    axes = schedule.axes
-    label = axes.labels[source]
-    if source not in axes.moving or len(label) != 4:
-        return False
-    return label[0] == (axes.batch,) and label[2] == (axes.token,)
 
 
 def runs(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -1,0 +1,143 @@
+"""Causal attention by its flag: masks that say no more than causality are neither computed nor read.
+
+A captured model makes its mask as a tensor [batch, 1, tokens, tokens]. Where the program shows that it is causality and
+no more, attention is told so instead, as the model itself would have told it outside of a capture: its fast kernels
+take no mask. Neither do they need keys and values that are repeated for every query head, in half precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from depthc.ir.axes.analysis import analyse
+from depthc.ir.axes.ops import argument, op_name
+from depthc.ir.axes.ports import Port, ports_of
+from depthc.ir.body import Body
+from depthc.ir.liveness import reads_of
+from depthc.ir.masks.factors import Factor
+from depthc.ir.masks.masks import Mask, masks_of
+from depthc.ir.program import Block, Call, Loop, On, Op, Program, Segment, Stack
+from depthc.ir.restrict import only
+from depthc.ir.text.functions import walk
+from depthc.ir.types import Type
+
+CAUSAL = Mask((Factor("causal"),))
+
+
+def flagged(program: Program) -> Program:
+    """The program with `is_causal` in place of every mask that is causality and no more; the same function.
+
+    A block keeps its mask if one of its applications has another one.
+    """
+    blocks = dict(program.blocks)
+    dropped: dict[str, tuple[int, ...]] = {}
+    for name, block in program.blocks.items():
+        if nodes := [node for port in _causal_ports(program, block) if (node := _masked(port))]:
+            blocks[name], dropped[name] = _with_flag(block, nodes)
+    if not dropped:
+        return program
+    stacks = [_dropping(item, dropped) if isinstance(item, Stack) else item for item in program.body]
+    return replace(program, blocks=blocks, body=_live(stacks, program.signature.outputs))
+
+
+def _causal_ports(program: Program, block: Block) -> list[Port]:
+    """The self-attention ports of a block whose mask is causality and no more, in every call."""
+    calls = [op for stack in program.stacks for op, _ in walk(stack.ops) if isinstance(op, Call)]
+    masks = [masks_of(program)[call] for call in calls if program.blocks[call.block] is block]
+    ports = ports_of(block)
+    return [port for i, port in enumerate(ports) if masks and all(own[i] == CAUSAL for own in masks)]
+
+
+def _masked(port: Port) -> fx.Node | None:
+    """The attention op of a port, if it reads a mask."""
+    if port.kind != "fused" or port.cross:
+        return None
+    (node,) = port.entries
+    return node if argument(node, 3, "attn_mask") is not None else None
+
+
+def _with_flag(block: Block, nodes: Sequence[fx.Node]) -> tuple[Block, tuple[int, ...]]:
+    """The block with the flag, without the side inputs that only masks read; and which those were."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in (*block.body.placeholders, *block.body.nodes):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node in nodes:
+            rows = _unrepeated(block, node)
+            read = [copies[source] for source in rows or node.args[:3]]  # type: ignore[index]
+            scale, shared = argument(node, 6, "scale"), bool(rows) or argument(node, 7, "enable_gqa", False)
+            copies[node].args = (*read, None, argument(node, 4, "dropout_p", 0.0), True)
+            given = {"scale": scale, "enable_gqa": shared or None}
+            copies[node].kwargs = {name: value for name, value in given.items() if value is not None}
+    graph.output(tuple(copies[node] for node in block.body.results))
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    values = block.body.placeholders_of("value")
+    unread = tuple(i for i, node in enumerate(values) if i >= block.carries and node.users and not copies[node].users)
+    for i in unread:
+        graph.erase_node(copies[values[i]])
+    return replace(block, body=Body(graph)), unread
+
+
+def _unrepeated(block: Block, node: fx.Node) -> list[fx.Node] | None:
+    """Queries, keys and values of an op whose key heads were repeated for its query heads, as they were before.
+
+    In half precision only: in single precision no fast kernel shares key heads.
+    """
+    query, *rows = node.args[:3]
+    found = [_repeats(block, row) for row in rows]  # type: ignore[arg-type]
+    stream = block.body.inputs_of("value")[0].type
+    half = isinstance(stream, Type) and stream.dtype in (torch.bfloat16, torch.float16)
+    return [query, *found] if half and None not in found else None  # type: ignore[list-item]
+
+
+def _repeats(block: Block, node: fx.Node) -> fx.Node | None:
+    """x, if a node is x [batch, heads, tokens, features] with every head several times."""
+    chain = [node]
+    for name in ("reshape", "expand", "unsqueeze"):
+        if op_name(chain[-1]) not in (name, {"reshape": "view"}.get(name, name)):
+            return None
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    made, wide, thin, source = (analyse(block).probe.shape(n) for n in chain)
+    batch, heads, *rest = source
+    repeated = wide == (batch, heads, wide[2], *rest) and thin == (batch, heads, 1, *rest)
+    return chain[-1] if repeated and made == (batch, heads * wide[2], *rest) else None
+
+
+def _dropping(stack: Stack, dropped: Mapping[str, tuple[int, ...]]) -> Stack:
+    return replace(stack, ops=tuple(_without(op, dropped) for op in stack.ops))
+
+
+def _without(op: Op, dropped: Mapping[str, tuple[int, ...]]) -> Op:
+    """An op whose calls do not read what their blocks no longer take."""
+    match op:
+        case Call():
+            gone = dropped.get(op.block, ())
+            return replace(op, reads=tuple(name for i, name in enumerate(op.reads) if i not in gone))
+        case Loop():
+            return replace(op, body=tuple(_without(inner, dropped) for inner in op.body))
+        case On():
+            body = tuple(_without(inner, dropped) for inner in op.body)
+            read = _names(body)
+            return replace(op, body=body, reads=tuple(name for name in op.reads if name in read))
+    return op
+
+
+def _names(ops: Iterable[Op]) -> set[str]:
+    return {name for op, _ in walk(tuple(ops)) for name in reads_of(op)}
+
+
+def _live(items: Sequence[Segment | Stack], outputs: Sequence[object]) -> tuple[Segment | Stack, ...]:
+    """The items of a program without results of segments that nothing reads."""
+    read = {name for name in outputs if isinstance(name, str)}
+    kept: list[Segment | Stack] = []
+    for item in reversed(items):
+        if isinstance(item, Segment):
+            item = only(item, read)
+            read |= {*item.reads}
+        else:
+            read |= _names(item.ops)
+        kept.append(item)
+    return tuple(reversed(kept))
