@@ -68,8 +68,8 @@ def _with_flag(block: Block, nodes: Sequence[fx.Node]) -> tuple[Block, tuple[int
         if node in nodes:
             rows = _unrepeated(block, node)
             read = [copies[source] for source in rows or node.args[:3]]  # type: ignore[index]
-            scale, shared = argument(node, 6, "scale"), bool(rows) or argument(node, 7, "enable_gqa", False)
-            copies[node].args = (*read, None, argument(node, 4, "dropout_p", 0.0), True)
+            scale, shared = argument(copies[node], 6, "scale"), bool(rows) or argument(node, 7, "enable_gqa", False)
+            copies[node].args = (*read, None, argument(copies[node], 4, "dropout_p", 0.0), True)
             given = {"scale": scale, "enable_gqa": shared or None}
             copies[node].kwargs = {name: value for name, value in given.items() if value is not None}
     graph.output(tuple(copies[node] for node in block.body.results))

@@ -5,7 +5,7 @@ Where an op does not apply (`depthc.codegen.choices` says why), the step runs as
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class KernelEvaluator(Evaluator):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self._own: dict[str, Tensor] = {}  # streams that nobody else can hold: results of blocks and merges
+        self._own: dict[str, Tensor] = {}  # streams in memory of their own: results of blocks and merges
 
     def select(self, op: Select, values: Mapping[str, Any], indices: Mapping[str, int]) -> TokenSet:
         """A token set; one of the best tokens by the kernel."""
@@ -80,28 +80,42 @@ class KernelEvaluator(Evaluator):
         tokens, rows, options = values[op.tokens], values[op.value], self._options(op)
         packed = tokens.ragged and rows.shape[0] == 1
         if options is None or "combine" not in self.kernels or not isinstance(tokens, Tokens) or packed:
-            return super().merge(op, values, indices)
+            read = values[op.read], rows
+            super().merge(op, values, indices)
+            self._keep(op.write, values[op.write], read)
+            return
         stream = values[op.read]
         logits = tokens.take(values[op.extra[0]]) if op.extra else None
         given = stream, rows.to(stream.dtype), logits, tokens.positions, tokens.inverse
         if stream.dim() != 3 or combining.applies(*given):
-            return super().merge(op, values, indices)
+            super().merge(op, values, indices)
+            return
         if torch.compiler.is_compiling():
             made = combine_fused(*given, *options)
         else:
             alone = op.read == op.write and self._own.get(op.read) is stream and not torch.is_grad_enabled()
+            alone = alone and sum(value is stream for value in values.values()) == 1
             made = (combining.combine_ if alone else combining.combine)(*given, **options._asdict())
-        values[op.write] = self._own[op.write] = made
-        return None
+        values[op.write] = made
+        self._keep(op.write, made, ())
 
     def _options(self, op: Merge) -> Options | None:
         return OFF if op.combine is None else self.combines.get(op.combine.certificate)
 
     def apply(self, op: Segment | Call, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Run a segment or one application of a block."""
+        before = [values[name] for name in op.reads if isinstance(values[name], Tensor)]
         super().apply(op, values, indices)
-        if isinstance(op, Call):
-            self._own.update({name: values[name] for name in op.writes})
+        for name in op.writes if isinstance(op, Call) else ():
+            self._keep(name, values[name], before)
+
+    def _keep(self, name: str, made: Tensor, read: Sequence[Tensor]) -> None:
+        """Note that a value lies in memory of its own, if it does: nobody holds what it was made of."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        memory = {t.untyped_storage().data_ptr() for t in read}
+        if made.untyped_storage().data_ptr() not in memory:
+            self._own[name] = made
 
 
 def combines_of(program: Program) -> dict[str, Options]:

@@ -72,8 +72,7 @@ def _attend(
     """By the kernels or by the reference."""
     if applies(q, k, v) is not None:
         return reference(q, k, v, positions, valid, keep, *scores)
-    valid, keep = (x if x is None else x.contiguous() for x in (valid, keep))
-    return _forward(q, k, v, positions.contiguous(), valid, keep, *scores)
+    return _forward(q, k, v, positions, valid, keep, *scores)
 
 
 def applies(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -114,6 +113,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor | N
         )
 
 
+def _dense(*given: Tensor | None) -> list[Any]:
+    """Tensors as the kernels read them. Here and not before the op: a trace sees other strides than a run."""
+    return [x if x is None else x.contiguous() for x in given]
+
+
+def _require_rows(*given: Tensor) -> None:
+    """For a run whose strides are not those of its trace, which `applies` has judged."""
+    if reason := next((f"strides are {x.stride()}" for x in given if x.stride(3) != 1), None):
+        raise InputError(
+            "features of queries, keys and values do not lie side by side",
+            expected="strides that end in 1",
+            found=reason,
+            remedy="call contiguous() on them",
+        )
+
+
 @torch.library.custom_op("depthc::shared_attention", mutates_args=())
 def _forward(
     q: Tensor,
@@ -129,8 +144,9 @@ def _forward(
     # Imported when first needed: `applies` answers where there is no triton.
     from depthc.codegen.kernels.shared_attention import launch
 
+    _require_rows(q, k, v)
     with on(q):
-        return launch.forward(launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap))
+        return launch.forward(launch.Inputs(q, k, v, *_dense(positions, valid, keep), scale, window, softcap))
 
 
 @_forward.register_fake
@@ -156,7 +172,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from depthc.codegen.kernels.shared_attention import launch
 
-    given = launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap)
+    given = launch.Inputs(q, k, v, *_dense(positions, valid, keep), scale, window, softcap)
     with on(q):
         dq, delta = launch.gradient_of_queries(given, out, lse, dout, dlse)
         return dq, *launch.gradients_of_keys(given, lse, dout, delta)

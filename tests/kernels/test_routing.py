@@ -1,0 +1,180 @@
+"""Whole modules with their kernels on: the same function as with all of them off, and the kernels that run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from architectures import ZOO
+from architectures.base import perturb
+from compare import without_cache
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import depthc
+from depthc.codegen.module import DepthModule
+from depthc.codegen.routing import KERNELS
+from depthc.ir.errors import InputError
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUTED = ("llama", "gpt2", "olmo2", "gpt_neox", "mixtral")  # among them a post-norm, a parallel and an MoE model
+
+
+class Ops(TorchDispatchMode):
+    """Counts the ops of this package that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "depthc":
+            self.seen[func._opname] += 1
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def ops() -> Iterator[Counter[str]]:
+    with Ops() as mode:
+        yield mode.seen
+
+
+def routed(name: str, recipe: str = "mor", masked: bool = False, **options: Any) -> tuple[DepthModule, dict[str, Any]]:
+    entry = ZOO[name]
+    model = perturb(entry.build()).to(DEVICE).eval()
+    args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), entry.example())
+    kwargs = without_cache(model, kwargs)
+    if masked:
+        kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
+        kwargs["attention_mask"][0, :3] = 0
+    options |= {"loops": 2, "capacities": [1.0, 0.5]} if recipe == "mor" else {"capacity": 0.5}
+    return depthc.compile(model, recipe, args, kwargs, std=1.0, **options).to(DEVICE), {"args": args, "kwargs": kwargs}
+
+
+def step(module: Any, given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A weighted sum of the output and its gradients by name."""
+    torch.manual_seed(0)  # of dropout
+    out = module(*given["args"], **given["kwargs"])
+    first = next(t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point())
+    total = (first * torch.linspace(-1, 1, first.numel(), device=first.device).view_as(first)).sum()
+    named = dict(module.named_parameters())
+    grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    return first.detach(), {n: g for n, g in zip(named, grads, strict=True) if g is not None}
+
+
+def assert_same(found: tuple[Tensor, dict[str, Tensor]], wanted: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
+    assert found[1].keys() == wanted[1].keys()
+    for name, grad in wanted[1].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item() + 1e-7)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_a_training_step(name: str) -> None:
+    torch.use_deterministic_algorithms(False)  # experts are counted by an op that is not
+    module, given = routed(name)
+    module.train()
+    with ops() as seen:
+        found = step(module, given)
+    assert seen["select_topk"] == seen["combine"] == 1  # the first of two recursions takes all tokens
+    module.kernels = ()
+    with ops() as seen:
+        wanted = step(module, given)
+    assert not seen
+    assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv", ["recursion", "share_first", "update"])
+def test_plans(kv: str, masked: bool) -> None:
+    """Short rows, which padding makes, are filled up; padding is a mask that the attention kernel does not know."""
+    module, given = routed("llama", masked=masked, kv=kv)
+    with ops() as seen:
+        found = step(module.train(), given)
+    assert (seen["shared_attention"] > 0) == (kv != "recursion" and not masked)
+    assert seen["combine"]
+    assert seen["select_topk"]
+    module.kernels = ()
+    assert_same(found, step(module, given))
+
+
+@pytest.mark.parametrize("options", [{"f": "block"}, {"f": "difference", "predictor": True}])
+def test_layers_that_choose(options: dict[str, Any]) -> None:
+    module, given = routed("llama", "mod", **options)
+    with ops() as seen:
+        found = step(module.train(), given)
+    assert seen["combine"] == seen["select_topk"] == 2
+    module.kernels = ()
+    assert_same(found, step(module, given))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_can_be_turned_off(kernel: str) -> None:
+    module, given = routed("llama", kv="share_first")
+    wanted = step(module.train(), given)
+    module.kernels = {*KERNELS} - {kernel}
+    names = {"select": "select_topk", "combine": "combine", "attention": "shared_attention", "rows": "none"}
+    with ops() as seen:
+        found = step(module, given)
+    assert names[kernel] not in seen
+    assert_same(found, wanted)
+
+
+def test_an_unknown_kernel_is_an_error() -> None:
+    module, _ = routed("llama")
+    with pytest.raises(InputError, match="a kernel is 'softmax'"):
+        module.kernels = ("softmax",)
+    assert module.kernels == {*KERNELS}
+
+
+def test_in_place_where_no_gradient_is_wanted() -> None:
+    """Streams are written in place, and what the caller holds is not."""
+    module, given = routed("llama")
+    module.eval().selection = "training"
+    with torch.no_grad(), ops() as seen:
+        found = module(*given["args"], **given["kwargs"])[0]
+    assert seen["combine_"] == 1
+    assert not seen["combine"]
+    module.kernels = ()
+    torch.testing.assert_close(found, module(*given["args"], **given["kwargs"])[0])
+
+
+def test_embeddings_of_the_caller_stay() -> None:
+    """The first routed stream may be the argument itself."""
+    layers = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh()) for _ in range(3)])
+    x = torch.randn(2, 8, 16, device=DEVICE)
+    module = depthc.compile(layers.to(DEVICE), "tie(loops=3) | route(capacities=[0.5, 0.5, 0.25])", args=(x,), std=1.0)
+    module.eval().selection = "training"
+    before = x.clone()
+    with torch.no_grad(), ops() as seen:
+        found = module(x)
+    assert torch.equal(x, before)
+    assert seen["combine"] == 1
+    assert seen["combine_"] == 2
+    module.kernels = ()
+    torch.testing.assert_close(found, module(x))
+
+
+@pytest.mark.parametrize("kv", ["recursion", "share_first"])
+def test_compiled_as_a_whole(kv: str) -> None:
+    module, given = routed("llama", kv=kv)
+    wanted = step(module.train(), given)
+    whole = torch.compile(module, backend="aot_eager", fullgraph=True)
+    found, grads = step(whole, given)
+    assert_same((found, {name.removeprefix("_orig_mod."): grad for name, grad in grads.items()}), wanted)
+
+
+def test_the_choices_say_what_runs() -> None:
+    module, _ = routed("llama", kv="share_first")
+    text = str(module.explain_kernels())
+    for kernel in ("select_topk", "take_rows", "shared_attention", "combine"):
+        assert kernel in text
+    module.kernels = ("select",)
+    text = str(module.explain_kernels())
+    assert "select_topk" in text
+    assert "turned off" in text
+    assert "shared_attention " not in text
