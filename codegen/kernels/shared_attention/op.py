@@ -145,8 +145,9 @@ def _forward(
     from depthc.codegen.kernels.shared_attention import launch
 
     _require_rows(q, k, v)
+    positions, valid, keep = _dense(positions, valid, keep)
     with on(q):
-        return launch.forward(launch.Inputs(q, k, v, *_dense(positions, valid, keep), scale, window, softcap))
+        return launch.forward(launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap))
 
 
 @_forward.register_fake
@@ -172,7 +173,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from depthc.codegen.kernels.shared_attention import launch
 
-    given = launch.Inputs(q, k, v, *_dense(positions, valid, keep), scale, window, softcap)
+    positions, valid, keep = _dense(positions, valid, keep)
+    given = launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap)
     with on(q):
         dq, delta = launch.gradient_of_queries(given, out, lse, dout, dlse)
         return dq, *launch.gradients_of_keys(given, lse, dout, delta)
