@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -66,7 +67,8 @@ class AheadProgram:
             self._sites.append(function)
             return interpret(body, inputs)
 
-        with self.mode:
+        # Composite ops decompose by their Python forms, which leave sizes symbols; in C++ some ask for the numbers.
+        with self.mode, enable_python_dispatcher():
             self._run(values, param, note)
         for function in functions.values():
             function.compile(self.mode, self.device, symbol, self._compile)

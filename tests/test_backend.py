@@ -256,10 +256,20 @@ def test_layers_that_are_in_no_module_list() -> None:
 # each body once
 
 
-@pytest.mark.parametrize("depth", [3, pytest.param(9, marks=pytest.mark.slow)])
-def test_bodies_are_compiled_once_and_serve_every_length(depth: int, compiled: list[fx.GraphModule]) -> None:
+@pytest.mark.parametrize(
+    ("build", "bodies"),
+    [
+        (lambda: Around(by_length), 2),
+        (lambda: Stacked(Spec(depth=3, sides=("rotary",))), 3),
+        pytest.param(lambda: Around(by_length, 9), 2, marks=pytest.mark.slow),
+    ],
+    ids=["linear", "attention", "deep"],
+)
+def test_bodies_are_compiled_once_and_serve_every_length(
+    build: Callable[[], nn.Module], bodies: int, compiled: list[fx.GraphModule]
+) -> None:
     """Dynamo asks for a graph of the first length, and one for all lengths; it asks no more often than of others."""
-    model = seeded(lambda: Around(by_length, depth))
+    model = seeded(build)
     ours, plain = CompileCounterWithBackend("eager"), CompileCounterWithBackend("eager")
     ours.backend = partial(backend, options={"inner": "eager"})
     for counter in (ours, plain):
@@ -268,7 +278,7 @@ def test_bodies_are_compiled_once_and_serve_every_length(depth: int, compiled: l
         for size, times in (((2, 5), 1), ((2, 7), 2), ((2, 11), 2), ((3, 7), 3), ((4, 9), 3)):
             assert torch.equal(function(ids(*size)), model(ids(*size)))
             assert counter.frame_count == times
-    assert len(compiled) == 3 * 2
+    assert len(compiled) == 3 * bodies
 
 
 def test_numbers_that_differ_between_layers(compiled: list[fx.GraphModule]) -> None:

@@ -15,6 +15,8 @@ import depthc
 from depthc.cli import main
 from depthc.targets import FORMS, resolve
 
+from .optional import needs_torch_mlir
+
 FACTORY = """
 import torch
 from torch import nn
@@ -76,8 +78,12 @@ def test_show(capsys: pytest.CaptureFixture[str], factory: str) -> None:
     found = json.loads(said(capsys, "show", factory, "--json"))
     assert (found["name"], found["depths"], found["depth"]) == ("Sequential", [6], text.removesuffix("\n"))
     assert "def forward(" in said(capsys, "show", factory, "--form", "python")
-    assert "depth.call" in said(capsys, "show", factory, "--form", "mlir")
     assert "'dot' is none of" in said(capsys, "show", factory, "--form", "dot", status=2)
+
+
+@needs_torch_mlir
+def test_show_mlir(capsys: pytest.CaptureFixture[str], factory: str) -> None:
+    assert "depth.call" in said(capsys, "show", factory, "--form", "mlir")
 
 
 @pytest.mark.slow

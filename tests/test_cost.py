@@ -187,10 +187,11 @@ def test_sets_whose_size_the_data_decide_are_symbols() -> None:
     found = flops(program, masked=False)
     assert {str(symbol) for symbol in found.free_symbols} == {"b", "s", *map(str, sizes)}
     whole = 0
-    for powers, factor in sympy.Poly(found.subs({"b": 1, "s": LENGTH}), *sizes).terms():
+    for (sequences, *powers), factor in sympy.Poly(found.subs("s", LENGTH), sympy.Symbol("b"), *sizes).terms():
         each = [rows for rows, power in zip(sizes.values(), powers, strict=True) if power]
         assert [power for power in powers if power] in ([], [1], [2])
-        rows = BATCH if not each else BATCH * max(each[0]) ** 2 if 2 in powers else sum(each[0])
+        assert sequences == 1 or (sequences, each) == (0, [])  # a table of rotary positions is one for the batch
+        rows = BATCH**sequences if not each else BATCH * max(each[0]) ** 2 if 2 in powers else sum(each[0])
         whole += factor * rows
     assert whole == expected
 

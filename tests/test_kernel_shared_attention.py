@@ -77,6 +77,12 @@ def test_shapes_that_do_not_fit() -> None:
 
 
 @needs_compiler
+def test_the_meta_device_has_shapes_and_no_autocast() -> None:
+    q, k, positions = (x.to("meta") for x in (rows(tokens=3), rows(), torch.tensor([[0, 2, 5]])))
+    out, lse = shared_attention(q, k, k, positions)
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+
+
 def test_autocast_attends_in_half_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out, lse = shared_attention(rows(), rows(), rows(), torch.arange(6)[None])

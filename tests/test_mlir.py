@@ -1,7 +1,6 @@
 """Programs in MLIR: printed, verified, read back, and run as native code."""
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -15,11 +14,9 @@ from torch import nn
 import depthc
 from depthc.codegen.mlir.lower import lower
 from depthc.codegen.mlir.native import native
-from depthc.ir import sizes
 from depthc.ir.errors import InputError, MlirError
 from depthc.ir.evaluate import indexed
 from depthc.ir.mlir import module_of, new_context, parse_module, verify_module
-from depthc.ir.mlir.trace import Sizes
 from depthc.ir.program import Call, Kv, Loop, Program, Segment, Select, Stack
 from depthc.ir.settle import settle
 from depthc.ir.text.functions import walk
@@ -28,10 +25,11 @@ from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 
 from .models import Spec, Stacked, assert_same, ids, seeded
+from .optional import needs_torch_mlir
 from .texts import GOLDEN, call, linear_block
 from .texts import program as chain
 
-pytest.importorskip("torch_mlir", reason="torch-mlir has wheels for Linux x86-64 only")
+pytestmark = needs_torch_mlir
 
 TOLERANCE = 1e-4
 
@@ -90,18 +88,6 @@ def test_weights_are_named_and_never_written() -> None:
     assert "dense" not in text
 
 
-def test_torch_mlir_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "torch_mlir"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MlirError, match="torch-mlir is not installed"):
-        depthc.parse(GOLDEN).mlir()
-
-
-def test_programs_for_training_alone_are_refused() -> None:
-    with pytest.raises(MlirError, match="train mode only"):
-        replace(depthc.parse(GOLDEN), modes=(True,)).mlir()
-
-
 def test_ops_without_a_form_are_named() -> None:
     text = GOLDEN.replace("    return old + g * new", "    same = equal(old, new)\n    return old + g * new")
     with pytest.raises(MlirError, match=r"aten\.equal.*has no MLIR form(.|\n)*body 'combine'"):
@@ -111,24 +97,6 @@ def test_ops_without_a_form_are_named() -> None:
 def test_dtypes_without_a_form_are_named() -> None:
     with pytest.raises(MlirError, match=r"no dtype torch\.uint16"):
         depthc.parse(GOLDEN.replace("buffer(f32[4])", "buffer(u16[4])")).mlir()
-
-
-@pytest.mark.parametrize(
-    ("ranges", "guards"),
-    [
-        ((), ()),
-        ((("s", (2, 64)),), ()),
-        ((), ("s % 12 == 0", "t % 7 != 0")),
-        ((), ("s == 128 + -1 * max(0, 128 + -1 * s)",)),
-        ((), ("s // 8 * (t // 8) == 16", "16 % (s // 8) == 0", "s > t")),
-        ((("s", (32, 39)),), ("s // 8 != 1", "1 + s // 8 * (s // 8) == 17")),
-    ],
-)
-def test_bodies_are_traced_at_legal_sizes(ranges: Any, guards: tuple[str, ...]) -> None:
-    found = Sizes(ranges, guards).hints(["s", "t"])
-    assert all(sizes.evaluate(guard, found) for guard in guards)
-    assert all(low <= found[name] <= high for name, (low, high) in ranges)
-    assert len(set(found.values())) == 2
 
 
 # broken modules

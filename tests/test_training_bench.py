@@ -219,7 +219,10 @@ def test_a_step_of_token_choice_costs_what_tokens_chose(maker: Maker, data: byte
 
     everyone = TINY.batch * (2 * layer(TINY.context) + 2 * TINY.context * (256 + 3) * width)
     sizes = [route.chosen.sum(1).tolist() for route in aux.routes]
-    assert spent == 3 * (everyone + sum(layer(tokens) for rows in sizes for tokens in rows))
+    # Of rotary positions, for every row: a product in some versions of transformers.
+    tables = TINY.batch * TINY.context * width // TINY.heads
+    chosen = sum(layer(tokens) for rows in sizes for tokens in rows)
+    assert spent - 3 * (everyone + chosen) in (0, 3 * tables)
     assert spent < cost.most
 
 

@@ -19,6 +19,7 @@ from depthc.ir.errors import RecipeError
 from depthc.ir.tokens import TokenSet
 
 from .models import Hybrid, Spec, Stacked, ids, seeded
+from .optional import rest_needs_torch_mlir
 
 ALIKE = {"bart", "bloom", "falcon"}  # parts of which other rows have
 
@@ -29,7 +30,10 @@ def test_row_has_no_failure(name: str) -> None:
     row = zoo.run_row(name, limit=600)
     expected = {"captured", "same", "other", "replay", "subset", "eval", "train", "text", "mlir", *zoo_table.RECIPES}
     assert expected <= row["checks"].keys()
+    last = {"mlir": row["checks"].pop("mlir")}
     assert not zoo.failures(row)
+    rest_needs_torch_mlir()
+    assert not zoo.failures({**row, "checks": last})
 
 
 def test_checks_run_alone_leave_the_others_as_they_were() -> None:

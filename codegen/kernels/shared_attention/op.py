@@ -59,7 +59,8 @@ def shared_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, k, v, positions, valid, keep)
     kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # The meta device has no autocast. Dynamo of torch 2.11 cannot trace `torch.amp.is_autocast_available`.
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
         with torch.autocast(kind, enabled=False):
             return _attend(q, k, v, positions, valid, keep, scale, window, softcap)
