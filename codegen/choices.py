@@ -10,13 +10,14 @@ import torch
 from torch import fx
 
 from depthc.codegen.kernels.combine.match import options_of
-from depthc.codegen.kernels.common import runs_on
+from depthc.codegen.kernels.common import FLOATS, runs_on
 from depthc.ir.axes.ops import argument
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.masks.masks import Mask, masks_of
 from depthc.ir.program import Call, Kv, Merge, On, Program, Select
 from depthc.ir.selection import parse_rule
 from depthc.ir.text.functions import walk
+from depthc.ir.types import Type
 
 Step = Literal["select", "rows", "attention", "combine"]
 
@@ -62,7 +63,8 @@ def choices_of(program: Program, kernels: Collection[str], device: torch.device)
         kernels: those that are on.
         device: where the program runs.
     """
-    missing = runs_on(torch.empty(1, device=device))
+    wrong = {str(d).removeprefix("torch.") for d in _dtypes(program) if d not in FLOATS}
+    missing = runs_on(torch.empty(1, device=device)) or (f"the model is {', '.join(sorted(wrong))}" if wrong else None)
     found: list[Choice] = []
     for choice in _all(program):
         if not choice.kernel.startswith(("torch", "scaled", "varlen")):
@@ -74,6 +76,14 @@ def choices_of(program: Program, kernels: Collection[str], device: torch.device)
     return Choices(found)
 
 
+def _dtypes(program: Program) -> Iterator[torch.dtype]:
+    """Of what blocks carry."""
+    for block in program.blocks.values():
+        type = block.body.inputs_of("value")[0].type
+        if isinstance(type, Type):
+            yield type.dtype
+
+
 def _all(program: Program) -> Iterator[Choice]:
     for stack in program.stacks:
         for op, _ in walk(stack.ops):
@@ -82,7 +92,10 @@ def _all(program: Program) -> Iterator[Choice]:
                     yield from _select(f"{stack.name}: {op.write}", op)
                 case On():
                     yield Choice(
-                        f"{stack.name}: {op.tokens}", "rows", "take_rows", "gradients are written, not added up"
+                        f"{stack.name}: {op.tokens}",
+                        "rows",
+                        "take_rows",
+                        "rows of one number a batch row; packed ones, of any number, by torch",
                     )
                     yield from (c for inner in op.body if isinstance(inner, Call) for c in _attention(program, inner))
                 case Merge():
@@ -104,7 +117,7 @@ def _merge(site: str, op: Merge) -> Choice:
     options = options_of(op)
     if options is None:
         return Choice(site, "combine", "torch", "the body of the merge is none of weighted, additive, delta, off")
-    return Choice(site, "combine", "combine", str(options))
+    return Choice(site, "combine", "combine", f"{options}; packed rows by torch")
 
 
 def _attention(program: Program, op: Call) -> Iterator[Choice]:
@@ -119,6 +132,8 @@ def _attention(program: Program, op: Call) -> Iterator[Choice]:
 def _kernel(node: fx.Node, mask: Mask, plan: Kv) -> tuple[str, str]:
     flag = bool(argument(node, 5, "is_causal", False))
     if plan.mode in ("read", "share", "update", "overlay"):
+        if argument(node, 4, "dropout_p", 0.0) != 0.0:
+            return "scaled_dot_product_attention", "it drops weights, and the kernel does not"
         if not flag:
             return "scaled_dot_product_attention", f"the mask is {mask}, and the kernel knows causality alone"
         return "shared_attention", "causal by position, keys of all tokens"

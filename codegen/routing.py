@@ -5,7 +5,8 @@ Where an op does not apply (`depthc.codegen.choices` says why), the step runs as
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from depthc.codegen.kernels.common import runs_on
 from depthc.codegen.kernels.rows import take_rows
 from depthc.ir.evaluate import Evaluator
 from depthc.ir.program import Call, Merge, Program, Segment, Select
-from depthc.ir.selection import all_tokens, read_rule, share_of
+from depthc.ir.selection import all_tokens, read_rule, refuse_nan, share_of
 from depthc.ir.text.functions import walk
 from depthc.ir.tokens import TokenSet
 
@@ -29,8 +30,15 @@ KERNELS = ("select", "rows", "combine", "attention")
 attention to the keys of all tokens."""
 
 
+@dataclass(frozen=True, eq=False)
 class Tokens(TokenSet):
-    """A token set whose rows move by positions and their inverse."""
+    """A token set whose rows move by positions and their inverse.
+
+    Attributes:
+        by_rows: whether rows out of a stream take the gradient that is no sum.
+    """
+
+    by_rows: bool = True
 
     @property
     def inverse(self) -> Tensor:
@@ -42,7 +50,7 @@ class Tokens(TokenSet):
     def take(self, stream: Tensor, batch: int = 0, token: int = 1) -> Tensor:
         """See `TokenSet.take`; the gradient is no sum."""
         fits = (batch, token) == (0, 1) and stream.shape[:2] == self.mask.shape
-        if self.everyone or not fits or runs_on(stream):
+        if self.everyone or not (fits and self.by_rows) or runs_on(stream):
             return super().take(stream, batch, token)
         return take_rows(stream, self.positions, self.inverse)
 
@@ -60,7 +68,8 @@ class KernelEvaluator(Evaluator):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self._own: dict[str, Tensor] = {}  # streams in memory of their own: results of blocks and merges
+        self._own: dict[str, Tensor] = {}  # what blocks and merges made
+        self._given: list[Any] = []  # the arguments
 
     def select(self, op: Select, values: Mapping[str, Any], indices: Mapping[str, int]) -> TokenSet:
         """A token set; one of the best tokens by the kernel."""
@@ -69,20 +78,31 @@ class KernelEvaluator(Evaluator):
         if name == "topk" and judged and not op.within and "select" in self.kernels:
             among: TokenSet = values[op.among] if op.among else all_tokens(values[judged])
             if not selecting.applies(values[judged], among.mask):
-                return _best(values[judged], among, values[op.of] if op.of else among, capacity)
+                return self._best(values[judged], among, values[op.of] if op.of else among, capacity)
         found = super().select(op, values, indices)
-        if "rows" not in self.kernels or isinstance(found, Tokens) or found.everyone:
+        if found.everyone or isinstance(found, Tokens):
             return found
-        return Tokens(found.mask, found.count, found.most)
+        return Tokens(found.mask, found.count, found.most, by_rows="rows" in self.kernels)
+
+    def _best(self, score: Tensor, among: TokenSet, of: TokenSet, capacity: float) -> TokenSet:
+        """The best candidates of every row by the kernel."""
+        count, most, wanted = share_of(among, of, capacity)
+        if count is not None and count == among.count:
+            refuse_nan(score, among.mask)
+            return among
+        chosen = selecting.select_topk(score, most, None if among.everyone else among.mask, wanted)
+        tokens = Tokens(chosen.mask, count, None if count is not None else most, by_rows="rows" in self.kernels)
+        tokens.found.update(positions=chosen.positions, inverse=chosen.inverse)
+        tokens.found["valid"] = chosen.valid if count is None else None
+        return tokens
 
     def merge(self, op: Merge, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Write rows back into a stream, in place where nobody else can see it and no gradient is wanted."""
         tokens, rows, options = values[op.tokens], values[op.value], self._options(op)
         packed = tokens.ragged and rows.shape[0] == 1
         if options is None or "combine" not in self.kernels or not isinstance(tokens, Tokens) or packed:
-            read = values[op.read], rows
             super().merge(op, values, indices)
-            self._keep(op.write, values[op.write], read)
+            self._own[op.write] = values[op.write]
             return
         stream = values[op.read]
         logits = tokens.take(values[op.extra[0]]) if op.extra else None
@@ -93,29 +113,33 @@ class KernelEvaluator(Evaluator):
         if torch.compiler.is_compiling():
             made = combine_fused(*given, *options)
         else:
-            alone = op.read == op.write and self._own.get(op.read) is stream and not torch.is_grad_enabled()
-            alone = alone and sum(value is stream for value in values.values()) == 1
-            made = (combining.combine_ if alone else combining.combine)(*given, **options._asdict())
-        values[op.write] = made
-        self._keep(op.write, made, ())
+            run = combining.combine_ if self._is_alone(op, values) else combining.combine
+            made = run(*given, **options._asdict())
+        values[op.write] = self._own[op.write] = made
 
     def _options(self, op: Merge) -> Options | None:
         return OFF if op.combine is None else self.combines.get(op.combine.certificate)
 
     def apply(self, op: Segment | Call, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Run a segment or one application of a block."""
-        before = [values[name] for name in op.reads if isinstance(values[name], Tensor)]
         super().apply(op, values, indices)
-        for name in op.writes if isinstance(op, Call) else ():
-            self._keep(name, values[name], before)
+        if isinstance(op, Call):
+            self._own.update({name: values[name] for name in op.writes})
 
-    def _keep(self, name: str, made: Tensor, read: Sequence[Tensor]) -> None:
-        """Note that a value lies in memory of its own, if it does: nobody holds what it was made of."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return
-        memory = {t.untyped_storage().data_ptr() for t in read}
-        if made.untyped_storage().data_ptr() not in memory:
-            self._own[name] = made
+    def run(self, body: Any, values: dict[str, Any], sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """Run a program's body; see `Evaluator.run`."""
+        self._given = list(values.values())
+        return super().run(body, values, sizes)
+
+    def _is_alone(self, op: Merge, values: Mapping[str, Any]) -> bool:
+        """Whether a merge may write into its stream: no gradient is wanted, and nothing else is in its memory."""
+        stream = values[op.read]
+        if torch.is_grad_enabled() or op.read != op.write or self._own.get(op.read) is not stream:
+            return False
+        kept = [tensor for slot in self.slots.values() for tensor in slot.cache]
+        others = (*(v for name, v in values.items() if name != op.read), *self.taps.values(), *self._given, *kept)
+        memory = stream.untyped_storage().data_ptr()
+        return all(v.untyped_storage().data_ptr() != memory for v in others if isinstance(v, Tensor))
 
 
 def combines_of(program: Program) -> dict[str, Options]:
@@ -123,15 +147,3 @@ def combines_of(program: Program) -> dict[str, Options]:
     merges = [op for op, _ in walk(program.stacks) if isinstance(op, Merge) and op.combine is not None]
     found = {op.combine.certificate: options_of(op) for op in merges if op.combine is not None}
     return {key: options for key, options in found.items() if options is not None}
-
-
-def _best(score: Tensor, among: TokenSet, of: TokenSet, capacity: float) -> TokenSet:
-    """The best candidates of every row by the kernel."""
-    count, most, wanted = share_of(among, of, capacity)
-    if count is not None and count == among.count:
-        return among
-    chosen = selecting.select_topk(score, most, None if among.everyone else among.mask, wanted)
-    tokens = Tokens(chosen.mask, count, None if count is not None else most)
-    tokens.found.update(positions=chosen.positions, inverse=chosen.inverse)
-    tokens.found["valid"] = chosen.valid if count is None else None
-    return tokens

@@ -65,7 +65,7 @@ class Svd:
 
 @dataclass(frozen=True)
 class Init:
-    """A fresh tensor: `law` is "zeros", "ones" or "normal(std)"; drawn from `seed` alone, on the CPU."""
+    """A fresh tensor: `law` is "zeros", "ones", "eye" or "normal(std)"; drawn from `seed` alone, on the CPU."""
 
     type: Type
     law: str
@@ -78,6 +78,8 @@ class Init:
             return torch.zeros(shape, dtype=self.type.dtype)
         if self.law == "ones":
             return torch.ones(shape, dtype=self.type.dtype)
+        if self.law == "eye":
+            return torch.eye(*shape, dtype=self.type.dtype)
         std = float(self.law.removeprefix("normal(").removesuffix(")"))
         generator = torch.Generator().manual_seed(self.seed)
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(self.type.dtype)

@@ -12,6 +12,7 @@ from depthc.passes.recipe import Recipe
 from depthc.passes.route import Route
 from depthc.passes.tie import Tie
 from depthc.passes.tokenchoice import TokenChoice
+from depthc.passes.widen import Widen
 
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -22,6 +23,7 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe((Tie(loops=3, sharing="middle_cycle"), Route()), "mor"),
         Recipe((Tie(loops=3, sharing="middle_cycle"), TokenChoice()), "mor_token"),
         Recipe((Mod(),), "mod"),
+        Recipe((Widen(),), "altup"),
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from architectures import ZOO
 from architectures.base import perturb
 from compare import without_cache
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import depthc
 from depthc.codegen.causal import flagged
@@ -43,6 +45,70 @@ def test_the_same_without_a_mask(name: str) -> None:
     for length in (2, 9, 17):
         own = {key: value[:, :length] if isinstance(value, Tensor) else value for key, value in kwargs.items()}
         torch.testing.assert_close(logits(made.run(**own)), logits(model(**own)), rtol=0, atol=2e-6)
+
+
+class Masked(nn.Module):
+    """A layer whose mask is made by `make` of a layer and the number of tokens; `extra` keys stand before the tokens'."""
+
+    def __init__(self, make: Callable[[Any, int, int], Tensor], extra: int) -> None:
+        super().__init__()
+        self.make, self.extra, self.qkv = make, extra, nn.Linear(8, 24)
+        self.memory = nn.Parameter(torch.randn(1, 2, extra, 4))
+        self.register_buffer("bias", torch.zeros(300, 300))
+        self.register_buffer("window", torch.tensor(100))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        if self.extra:
+            k, v = (torch.cat([self.memory.expand(b, -1, -1, -1), part], 2) for part in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, self.make(self, b, t))
+        return x + out.transpose(1, 2).flatten(2)
+
+
+def behind(t: int) -> Tensor:
+    """How far every key is behind every query."""
+    place = torch.arange(t)
+    return place[:, None] - place[None, :]
+
+
+def added(t: int) -> Tensor:
+    return torch.zeros(t, t).masked_fill(behind(t) < 0, -torch.inf)
+
+
+NOT_QUITE: dict[str, Callable[[Any, int, int], Tensor]] = {
+    "a window in a buffer": lambda layer, b, t: (behind(t) >= 0) & (behind(t) < layer.window),
+    "a window in a tensor": lambda layer, b, t: (behind(t) >= 0) & (behind(t) < torch.full((), 100)),
+    "a bias far away": lambda layer, b, t: added(t) - 0.5 * (behind(t) - 50).clamp(min=0),
+    "a small bias": lambda layer, b, t: added(t) - 2e-5 * behind(t),
+    "at random": lambda layer, b, t: (
+        (behind(t) == 0) | (behind(t) >= 0) & (F.dropout(torch.ones(t, t), 0.3, layer.training) > 0)
+    ),
+    "a buffer that may be loaded": lambda layer, b, t: added(t) + layer.bias[:t, :t],
+    "another in other batch rows": lambda layer, b, t: (
+        (behind(t) >= 0) & ((torch.arange(b) == 0)[:, None, None, None] | (behind(t) < 3))
+    ),
+    "longer than is looked at": lambda layer, b, t: (behind(t) >= 0) & (behind(t) < 4096),
+}
+
+
+@pytest.mark.parametrize("name", NOT_QUITE)
+def test_masks_that_say_more_stay(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Masked(NOT_QUITE[name], 0) for _ in range(3)])
+    program = depthc.capture(model, (torch.randn(2, 9, 8),))
+    assert flagged(program) is program
+
+
+def test_keys_before_the_tokens_own_keep_the_mask() -> None:
+    """The flag counts from the first key."""
+    torch.manual_seed(0)
+    masks = (lambda layer, b, t: F.pad(behind(t) >= 0, (2, 0), value=True), lambda layer, b, t: behind(t) >= 0)
+    memory, plain = (nn.Sequential(*[Masked(m, n) for _ in range(3)]) for m, n in zip(masks, (2, 0), strict=True))
+    program = depthc.capture(memory, (torch.randn(2, 9, 8),))
+    assert flagged(program) is program
+    program = depthc.capture(plain, (torch.randn(2, 9, 8),))
+    assert flagged(program) is not program  # the same without them
 
 
 @pytest.mark.parametrize("name", OTHER)

@@ -35,6 +35,7 @@ RECIPES = {
     "route": 'tie(sharing="middle_cycle") | route()',
     "tokenchoice": "tie(sharing='cycle') | tokenchoice()",
     "mod": "mod(capacity=0.5)",
+    "widen": "widen()",
     "keep": "keep(capacities=(1.0, 1.0, 0.5, 0.5, 0.25, 0.25))",
 }
 

@@ -58,7 +58,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
         found = _at(rows, inverse.clamp(min=0))
-        return torch.where(inverse.reshape(*inverse.shape, *(1,) * (rows.dim() - 2)) >= 0, found, 0)
+        return torch.where(inverse.reshape(*inverse.shape, *(1,) * (rows.dim() - 2)) >= 0, found, found.new_zeros(()))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -68,7 +68,7 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         positions, inverse = ctx.saved_tensors
         found = named(positions, inverse).reshape(*positions.shape, *(1,) * (grad.dim() - 2))
-        return torch.where(found, take_rows(grad, positions, inverse), 0), None, None
+        return torch.where(found, take_rows(grad, positions, inverse), grad.new_zeros(())), None, None
 
 
 def named(positions: Tensor, inverse: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ def _init(type: Type, law: str, seed: int, used: dict[str, None]) -> list[Piece]
     shape = str(type.sizes({}))
     if law in ("zeros", "ones"):
         return [f"torch.{law}({shape}, dtype={type.dtype})"]
+    if law == "eye":
+        return [f"torch.eye(*{shape}, dtype={type.dtype})"]
     used["normal"] = None
     std = float(law.removeprefix("normal(").removesuffix(")"))
     return [f"normal({shape}, {std!r}, seed=", number(seed), f", dtype={type.dtype})"]

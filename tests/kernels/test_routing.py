@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import depthc
-from depthc.codegen.module import DepthModule
+from depthc.codegen.module import DepthModule, lower
 from depthc.codegen.routing import KERNELS
-from depthc.ir.errors import InputError
+from depthc.ir.errors import InputError, RoutingError
+from depthc.ir.program import Loop, Merge, Tap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTED = ("olmo2", "gpt_neox", "mixtral")  # a post-norm, a parallel and an MoE model
@@ -166,6 +168,40 @@ def test_embeddings_of_the_caller_stay() -> None:
     assert seen["combine_"] == 2
     module.kernels = ()
     torch.testing.assert_close(found, module(x))
+
+
+def test_what_is_tapped_stays() -> None:
+    """A stream that a tap holds is not written in place."""
+    layers = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh()) for _ in range(3)])
+    recipe = "tie(loops=3) | route(capacities=[0.5, 0.5, 0.25], alpha=1)"
+    x = torch.randn(2, 8, 16, device=DEVICE)
+    program = depthc.compile(layers.to(DEVICE), recipe, args=(x,), std=1.0).program
+    (stack,) = program.stacks
+    (loop,) = [op for op in stack.ops if isinstance(op, Loop)]
+    h = next(op.read for op in loop.body if isinstance(op, Merge))
+    tapped = replace(loop, body=(*loop.body, Tap("state.{r}", h)))
+    ops = tuple(tapped if op is loop else op for op in stack.ops)
+    body = tuple(replace(stack, ops=ops) if item is stack else item for item in program.body)
+    module = lower(replace(program, body=body)).eval()
+    module.selection = "training"
+    states: dict[bool, list[Tensor]] = {}
+    for on in (True, False):
+        module.kernels = KERNELS if on else ()
+        with torch.no_grad():
+            _, aux = module.forward_with_aux(x)
+        states[on] = [aux.taps[f"state.{r}"] for r in range(3)]
+    for found, wanted in zip(states[True], states[False], strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_nan_is_refused_where_all_are_chosen() -> None:
+    layers = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh()) for _ in range(3)])
+    x = torch.randn(2, 8, 16, device=DEVICE)
+    module = depthc.compile(layers.to(DEVICE), "tie(loops=3) | route(capacities=[1.0, 1.0, 1.0])", args=(x,)).train()
+    x[0, 3, 2] = torch.nan
+    if DEVICE == "cpu":  # elsewhere the device finds it
+        with pytest.raises(RoutingError, match="row 0, token 3"):
+            module(x)
 
 
 @pytest.mark.parametrize("kv", ["recursion", "share_first"])

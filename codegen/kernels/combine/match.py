@@ -62,4 +62,5 @@ def _found(body: Body) -> Options | None:
 
 def _numbers(graph: fx.Graph) -> list[float]:
     """The numbers that an op of the graph is given; 1 if there are none."""
-    return [arg for node in graph.nodes for arg in node.args if isinstance(arg, float)] or [1.0]
+    found = [arg for node in graph.nodes for arg in node.args]
+    return [arg for arg in found if isinstance(arg, int | float) and not isinstance(arg, bool)] or [1.0]

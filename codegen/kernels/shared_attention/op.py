@@ -119,15 +119,9 @@ def _dense(*given: Tensor | None) -> list[Any]:
     return [x if x is None else x.contiguous() for x in given]
 
 
-def _require_rows(*given: Tensor) -> None:
-    """For a run whose strides are not those of its trace, which `applies` has judged."""
-    if reason := next((f"strides are {x.stride()}" for x in given if x.stride(3) != 1), None):
-        raise InputError(
-            "features of queries, keys and values do not lie side by side",
-            expected="strides that end in 1",
-            found=reason,
-            remedy="call contiguous() on them",
-        )
+def _side_by_side(*given: Tensor) -> list[Tensor]:
+    """Rows as the kernels read them; a trace may have seen other strides here, too."""
+    return [x if x.stride(3) == 1 else x.contiguous() for x in given]
 
 
 @torch.library.custom_op("depthc::shared_attention", mutates_args=())
@@ -145,7 +139,7 @@ def _forward(
     # Imported when first needed: `applies` answers where there is no triton.
     from depthc.codegen.kernels.shared_attention import launch
 
-    _require_rows(q, k, v)
+    q, k, v = _side_by_side(q, k, v)
     positions, valid, keep = _dense(positions, valid, keep)
     with on(q):
         return launch.forward(launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap))
@@ -174,6 +168,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from depthc.codegen.kernels.shared_attention import launch
 
+    q, k, v = _side_by_side(q, k, v)
     positions, valid, keep = _dense(positions, valid, keep)
     given = launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap)
     with on(q):

@@ -1,0 +1,172 @@
+"""widen: a state of several blocks, of which every layer computes one (AltUp, arXiv 2301.13310; Gemma 3n)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from depthc.ir.names import Names
+from depthc.ir.params import Init, Param, drawn
+from depthc.ir.program import Call, Op, Program, Segment
+from depthc.ir.types import Type
+from depthc.passes.base import Pass, text_of
+from depthc.passes.glue import wide
+from depthc.passes.layers import layers_of, names_in, stack_of, with_stack
+from depthc.passes.subsets import group_of, stream_of
+from depthc.passes.widen_glue import collapse, correct, predict, routed_correct, routed_predict, split
+
+
+@dataclass(frozen=True)
+class Widen(Pass):
+    """Widen the stream to blocks of the model's width. A layer predicts all of them, computes one, and corrects all.
+
+    xhat_i = sum_j P_ij x_j; y = Layer(x_a), or Layer(xhat_a); x_i = xhat_i + g_i (y - xhat_a), a being the layer's
+    active block. Every block starts as the model's own state. P starts as the identity and g as ones: with
+    `collapse="mean"` the widened model computes what the model does, until it is trained.
+
+    Loops that tie made are written out: every layer has coefficients of its own.
+
+    Options:
+        blocks: M, from 2 on.
+        active: the block that every layer computes; None: blocks in turn.
+        compute_on: what a layer reads, the active block as it was ("old") or as predicted ("predicted", Gemma 3n).
+        coefficients: "scalars", P and g themselves; "router", both from the token's state through a small router whose
+            two products start at zero (Gemma 3n).
+        reads: the block from which a router predicts; None: the active one (Gemma 3n).
+        collapse: what the blocks end as, "mean", or "sum" (recycled AltUp).
+        eps: of the router's norm.
+        std, seed: of the router's first product, normal draws.
+        stack: name or number; the last one by default.
+
+    Raises:
+        RecipeError: the layers do more than pass one stream on, or an option is out of range.
+
+    Example:
+        >>> print(Widen(blocks=2, collapse="sum"))
+        widen(collapse="sum")
+    """
+
+    blocks: int = 2
+    active: int | None = None
+    compute_on: str = "old"
+    coefficients: str = "scalars"
+    reads: int | None = 0
+    collapse: str = "mean"
+    eps: float = 1e-6
+    std: float = 0.02
+    seed: int = 0
+    stack: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.require_whole("blocks", 2)
+        self.require_one_of("compute_on", ("old", "predicted"))
+        self.require_one_of("coefficients", ("scalars", "router"))
+        self.require_one_of("collapse", ("mean", "sum"))
+        self.require_weight("eps")
+        self.require_weight("std")
+        for option in ("active", "reads"):
+            value = getattr(self, option)
+            if value is not None and (type(value) is not int or not 0 <= value < self.blocks):
+                raise self.refuse(
+                    f"option {option!r}",
+                    expected=f"a block, 0 to {self.blocks - 1}, or None",
+                    found=text_of(value),
+                    remedy=f"give {option}=0",
+                )
+
+    def apply(self, program: Program) -> Program:
+        """The program with several blocks between the first and the last layer."""
+        stack = stack_of(self, program, self.stack)
+        ops, places = layers_of(self, stack)
+        layers: list[Call] = [ops[at] for at in places]  # type: ignore[misc]
+        self._require_one_stream(program, ops, layers)
+        stream, names = stream_of(program, layers[0]), Names(names_in(program))
+        layer = _Layer(self, stream, group_of(program, "widen"), names)
+        first, last = layers[0].reads[0], layers[-1].writes[0]
+        done: list[Op] = [Segment("split", split(stream, self.blocks), (first,), layer.states)]
+        for number, call in enumerate(layers):
+            done += layer.ops(number, call)
+        done.append(Segment("collapse", collapse(stream, self.blocks, self.collapse), layer.states, (last,)))
+        params = {name: p for number in range(len(layers)) for name, p in layer.params(number).items()}
+        widened = with_stack(program, stack, [*ops[: places[0]], *done, *ops[places[-1] + 1 :]])
+        return replace(widened, params={**program.params, **params})
+
+    def _require_one_stream(self, program: Program, ops: Sequence[Op], layers: Sequence[Call]) -> None:
+        """Refuse layers between which more flows than one state of [batch, tokens, features]."""
+        last = None
+        for call in layers:
+            rank = len(stream_of(program, call).shape)
+            alone = call.writes == layers[-1].writes and call.reads[0] == (last or call.reads[0])
+            if call.kv or len(call.writes) != 1 or rank != 3 or not alone:
+                raise self.refuse(
+                    "a layer does more than pass one stream on",
+                    where=call.layer or call.block,
+                    expected="one state of [batch, tokens, features], which the next layer alone reads",
+                    found=f"reads {', '.join(call.reads)}, writes {', '.join(call.writes)}",
+                    remedy="widen a model that does not return or skip to what its inner layers compute",
+                )
+            last = call.writes[0]
+        inner = ops[ops.index(layers[0]) : ops.index(layers[-1]) + 1]
+        between = next((op for op in inner if isinstance(op, Segment)), None)
+        if between is not None:
+            remedy = "put widen earlier in the recipe"
+            raise self.refuse(f"there are other ops between the layers: {between.name}", remedy=remedy)
+
+
+class _Layer:
+    """Writes the ops of widened layers, which use the same names.
+
+    Attributes:
+        states, predicted: the names of the blocks.
+    """
+
+    def __init__(self, one: Widen, stream: Type, group: str, names: Names) -> None:
+        self.one, self.stream, self.group = one, stream, group
+        self.states, self.predicted = (
+            tuple(names.new(f"{wish}{i}") for i in range(one.blocks)) for wish in ("x", "predicted")
+        )
+        self.y = names.new("y")
+
+    def ops(self, number: int, call: Call) -> Iterator[Op]:
+        """Predict, compute, correct."""
+        one, active = self.one, self._active(number)
+        if one.coefficients == "router":
+            read = active if one.reads is None else one.reads
+            before = routed_predict(self.stream, one.blocks, read, one.eps)
+            after = routed_correct(self.stream, one.blocks, active, one.eps)
+        else:
+            before, after = predict(self.stream, one.blocks), correct(self.stream, one.blocks, active)
+        h = (self.states if one.compute_on == "old" else self.predicted)[active]
+        yield Segment("predict", before, self.states, self.predicted, self._names(number, "predict"))
+        yield replace(call, reads=(h, *call.reads[1:]), writes=(self.y,))
+        yield Segment("correct", after, (*self.predicted, self.y), self.states, self._names(number, "correct"))
+
+    def params(self, number: int) -> dict[str, Param]:
+        """The coefficients of a layer, or its router."""
+        one, dtype, at = self.one, wide(self.stream.dtype), f"depth.{self.group}.{number}"
+        count, width = one.blocks, self.stream.shape[2]
+        if one.coefficients == "scalars":
+            return _filled({f"{at}.predict": "eye", f"{at}.correct": "ones"}, count, dtype)
+        mix = drawn({f"{at}.mix": (count, width)}, dtype, one.std, one.seed + number)  # type: ignore[dict-item]
+        shapes = {
+            "norm": ((width,), "ones"),
+            "predict": ((count**2, count), "zeros"),
+            "correct": ((count, count), "zeros"),
+        }
+        made = {f"{at}.{name}": Type(dtype, shape) for name, (shape, _) in shapes.items()}  # type: ignore[arg-type]
+        laws = {f"{at}.{name}": law for name, (_, law) in shapes.items()}
+        return mix | {name: Param(type, expr=Init(type, laws[name])) for name, type in made.items()}
+
+    def _active(self, number: int) -> int:
+        return number % self.one.blocks if self.one.active is None else self.one.active
+
+    def _names(self, number: int, last: str) -> tuple[str, ...]:
+        """The parameters of a glue, in the order of its slots."""
+        slots = ("norm", "mix", last) if self.one.coefficients == "router" else (last,)
+        return tuple(f"depth.{self.group}.{number}.{slot}" for slot in slots)
+
+
+def _filled(laws: dict[str, str], count: int, dtype: object) -> dict[str, Param]:
+    shapes = {"eye": (count, count), "ones": (count,)}
+    types = {name: Type(dtype, shapes[law]) for name, law in laws.items()}  # type: ignore[arg-type]
+    return {name: Param(type, expr=Init(type, laws[name])) for name, type in types.items()}
