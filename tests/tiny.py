@@ -36,6 +36,20 @@ def gap(found: Tensor, expected: Tensor) -> float:
     return (found - expected).abs().max().item()
 
 
+def scalar(logits: Tensor) -> Tensor:
+    """A number whose gradient is different everywhere."""
+    return (logits * torch.linspace(-1, 1, logits.numel()).double().view_as(logits)).sum()
+
+
+def assert_same_gradients(pair: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> None:
+    """Of two ways to compute the same, by the same leaves."""
+    given = {"retain_graph": True, "allow_unused": True}
+    ours, theirs = (torch.autograd.grad(scalar(out), list(leaves.values()), **given) for out in pair)
+    for name, found, expected in zip(leaves, ours, theirs, strict=True):
+        assert (found is None) == (expected is None), name
+        assert found is None or gap(found, expected) < 1e-8, name
+
+
 def changed_last(kind: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same inputs with another last token in every row."""
     tokens = inputs[oracles.token_input(kind)].clone()

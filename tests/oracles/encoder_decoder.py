@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Key, Visible, attend
-from .rows import Inputs
+from .rows import Inputs, lookup, named
 
 
 class Relative:
@@ -29,7 +29,10 @@ class Relative:
     def attention(self, part: Any, x: Tensor, t: int, visible: Visible) -> Tensor:
         attention = part.SelfAttention
         q = attention.q(part.layer_norm(x)).view(attention.n_heads, -1)
-        return x + attention.o(attend(q, visible, 1.0, lambda j: self.table.weight[self.bucket(t - j)]))
+        return x + attention.o(self.attend(part, q, t, visible))
+
+    def attend(self, layer: Any, q: Tensor, t: int, visible: Visible) -> Tensor:
+        return attend(q, visible, 1.0, lambda j: self.table.weight[self.bucket(t - j)])
 
     def feed_forward(self, part: Any, x: Tensor) -> Tensor:
         return x + part.DenseReluDense.wo(F.relu(part.DenseReluDense.wi(part.layer_norm(x))))
@@ -69,26 +72,57 @@ class T5(Relative):
     """The decoder of an encoder-decoder."""
 
     causal = True
+    cross_first = False
 
     def __init__(self, model: Any) -> None:
         self.model, self.layers = model, model.decoder.block
         self.table = self.layers[0].layer[0].SelfAttention.relative_attention_bias
 
-    def embed(self, inputs: Inputs, row: int) -> list[Tensor]:
+    def embed(self, inputs: Inputs, row: int, table: Tensor | None = None) -> list[Tensor]:
         ids, mask = inputs["input_ids"][row], inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask[row]
         encoded = self.model.encoder(ids[None], mask[None]).last_hidden_state[0]
         self.encoded = encoded[mask.bool()]
-        return list(self.model.decoder.embed_tokens(inputs["decoder_input_ids"][row]))
+        return list(lookup(self.model.decoder.embed_tokens, inputs["decoder_input_ids"][row], table))
 
     def apply(self, layer: Any, depth: int, x: Tensor, t: int, visible: Visible) -> Tensor:
-        own, cross, feed = layer.layer
+        return self.second_half(layer, self.first_half(layer, depth, x, t, visible))
+
+    def first_half(self, layer: Any, depth: int, x: Tensor, t: int, visible: Visible) -> Tensor:
+        own, cross, _ = layer.layer
         x = self.attention(own, x, t, visible)
         attention = cross.EncDecAttention
         q = attention.q(cross.layer_norm(x)).view(attention.n_heads, -1)
-        x = x + attention.o(attend(q, list(enumerate(zip(*self.pair(attention, self.encoded), strict=True))), 1.0))
-        return self.feed_forward(feed, x)
+        return x + attention.o(attend(q, list(enumerate(zip(*self.pair(attention, self.encoded), strict=True))), 1.0))
+
+    def second_half(self, layer: Any, x: Tensor) -> Tensor:
+        return self.feed_forward(layer.layer[2], x)
+
+    def turn(self, x: Tensor, t: int) -> Tensor:
+        return x
+
+    def norms(self, layer: Any) -> dict[str, nn.Module]:
+        return {"norm": layer.layer[0].layer_norm}
+
+    def projections(self, layer: Any) -> dict[str, Tensor]:
+        attention = layer.layer[0].SelfAttention
+        return named(q=attention.q, k=attention.k, v=attention.v, o=attention.o)
+
+    def head_size(self, layer: Any) -> int:
+        return layer.layer[0].SelfAttention.key_value_proj_dim
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return self.model.decoder.embed_tokens.weight, self.model.lm_head.weight
 
     def finish(self, x: Tensor) -> Tensor:
+        return self.head(self.final_norm(x), self.model.lm_head.weight)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.model.decoder.final_layer_norm(x)
+
+    def head(self, x: Tensor, weight: Tensor) -> Tensor:
         scale = self.model.config.d_model**-0.5 if self.model.config.scale_decoder_outputs else 1.0
-        return self.model.lm_head(self.model.decoder.final_layer_norm(x) * scale)
+        return weight @ (x * scale)
+
+    def cap(self, logits: Tensor) -> Tensor:
+        return logits

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .decoders import Gemma2, Llama, Mixtral, NeoX
+from .decoders import Gemma2, Llama, Mixtral, NeoX, Qwen3
 from .encoder import Bert
 from .encoder_decoder import T5, T5Encoder
 from .post_norm import PostNorm, PostNormModel
@@ -16,6 +16,7 @@ from .rows import LayerMath
 from .sizes import VOCAB, WIDTH, WINDOW
 
 KINDS = ("llama", "post_norm", "parallel", "encoder_decoder", "moe", "hybrid")  # decoders
+QK_NORM = "qk_norm"  # a decoder, too
 ENCODER, RELATIVE_ENCODER = ENCODERS = ("encoder", "relative_encoder")  # of positions, of distances
 
 SHARED = {
@@ -38,6 +39,7 @@ FAMILIES: dict[str, tuple[type, str, dict[str, Any]]] = {
     RELATIVE_ENCODER: (T5Encoder, "T5", T5_SIZES),
     "moe": (Mixtral, "Mixtral", SHARED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "hybrid": (Gemma2, "Gemma2", SHARED | GEMMA),
+    QK_NORM: (Qwen3, "Qwen3", SHARED | {"head_dim": 8, "attention_bias": True}),
     ENCODER: (Bert, "Bert", {name: value for name, value in SHARED.items() if name != "num_key_value_heads"}),
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Key, Visible, attend
-from .rows import Inputs
+from .rows import Inputs, lookup, named
 from .sizes import VOCAB, WIDTH
 
 
@@ -51,21 +51,54 @@ class PostNormModel(nn.Module):
 
 class PostNorm:
     causal = True
+    cross_first = False
 
     def __init__(self, model: Any) -> None:
         self.model, self.layers = model, model.layers
 
-    def embed(self, inputs: Inputs, row: int) -> list[Tensor]:
-        ids = inputs["ids"][row]
-        return [self.model.embed.weight[i] + self.model.positions.weight[t] for t, i in enumerate(ids.tolist())]
+    def embed(self, inputs: Inputs, row: int, table: Tensor | None = None) -> list[Tensor]:
+        states = lookup(self.model.embed, inputs["ids"][row], table)
+        return [x + self.model.positions.weight[t] for t, x in enumerate(states)]
 
     def key(self, layer: Any, x: Tensor, t: int) -> Key:
         return layer.k(x).view(layer.heads, -1), layer.v(x).view(layer.heads, -1)
 
+    def turn(self, x: Tensor, t: int) -> Tensor:
+        return x
+
+    def attend(self, layer: Any, q: Tensor, t: int, visible: Visible) -> Tensor:
+        return attend(q, visible, q.shape[-1] ** -0.5)
+
     def apply(self, layer: Any, depth: int, x: Tensor, t: int, visible: Visible) -> Tensor:
+        return self.second_half(layer, self.first_half(layer, depth, x, t, visible))
+
+    def first_half(self, layer: Any, depth: int, x: Tensor, t: int, visible: Visible) -> Tensor:
         q = layer.q(x).view(layer.heads, -1)
-        x = layer.first(x + layer.out(attend(q, visible, q.shape[-1] ** -0.5)))
+        return layer.first(x + layer.out(self.attend(layer, q, t, visible)))
+
+    def second_half(self, layer: Any, x: Tensor) -> Tensor:
         return layer.second(x + layer.down(F.gelu(layer.up(x))))
 
+    def norms(self, layer: Any) -> dict[str, nn.Module]:
+        return {}
+
+    def projections(self, layer: Any) -> dict[str, Tensor]:
+        return named(q=layer.q, k=layer.k, v=layer.v, o=layer.out)
+
+    def head_size(self, layer: Any) -> int:
+        return WIDTH // layer.heads
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return self.model.embed.weight, self.model.head.weight
+
     def finish(self, x: Tensor) -> Tensor:
-        return self.model.head(x)
+        return self.head(x, self.model.head.weight)
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return x
+
+    def head(self, x: Tensor, weight: Tensor) -> Tensor:
+        return weight @ x
+
+    def cap(self, logits: Tensor) -> Tensor:
+        return logits

@@ -8,10 +8,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .attention import Key, Visible
 
 Inputs = Mapping[str, Tensor]
+
+
+def lookup(embedding: nn.Module, ids: Tensor, table: Tensor | None = None) -> Tensor:
+    """What an embedding gives, or would give with another table."""
+    return embedding(ids) if table is None else functional_call(embedding, {"weight": table}, (ids,))
+
+
+def named(**modules: nn.Module) -> dict[str, Tensor]:
+    """The parameters of several modules, in one table."""
+    return {f"{name}.{key}": p for name, module in modules.items() for key, p in module.named_parameters()}
 
 
 class LayerMath(Protocol):
@@ -47,10 +58,10 @@ class Row:
     def run(self, layer: Any, depth: int, states: Mapping[int, Tensor], keys: Any = None) -> dict[int, Tensor]:
         """A layer for the tokens given, which see each other, or `keys` where those are given."""
         keys = self.keys(layer, states) if keys is None else keys
-        return {
-            t: self.math.apply(layer, depth, x, t, [(j, key) for j, key in keys.items() if self.sees(t, j)])
-            for t, x in states.items()
-        }
+        return {t: self.math.apply(layer, depth, x, t, self.visible(keys, t)) for t, x in states.items()}
+
+    def visible(self, keys: Mapping[int, Key], t: int) -> Visible:
+        return [(j, key) for j, key in keys.items() if self.sees(t, j)]
 
     def sees(self, t: int, j: int) -> bool:
         return (j <= t or not self.math.causal) and self.documents[t] == self.documents[j]
