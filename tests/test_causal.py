@@ -48,7 +48,7 @@ def test_the_same_without_a_mask(name: str) -> None:
 
 
 class Masked(nn.Module):
-    """A layer whose mask is made by `make` of a layer and the number of tokens; `extra` keys stand before the tokens'."""
+    """A layer whose mask `make` makes of the layer, the batch and the tokens; `extra` keys stand before the tokens'."""
 
     def __init__(self, make: Callable[[Any, int, int], Tensor], extra: int) -> None:
         super().__init__()
