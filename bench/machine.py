@@ -41,17 +41,28 @@ def save(report: dict[str, Any], path: Path | None) -> None:
         path.write_text(text + "\n")
 
 
-def in_a_process(script: str, arguments: list[str], limit: int) -> dict[str, Any]:
-    """What a script prints as JSON in its last line, run in a process of its own with no compiler cache.
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write a report, to a neighbour first: whoever is interrupted leaves the old one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    new.replace(path)
 
-    `failed` says why there is nothing.
+
+def in_a_process(script: str, arguments: list[str], limit: int, fresh: bool = True) -> dict[str, Any]:
+    """What a script prints as JSON in its last line, run in a process of its own; `failed` says why there is nothing.
+
+    Args:
+        limit: seconds.
+        fresh: whether it finds no compiler cache.
     """
     with tempfile.TemporaryDirectory() as cache:
-        fresh = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache + "/triton"}
-        fresh |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        empty = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache + "/triton"}
+        empty |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        environment = os.environ | (empty if fresh else {})
         command = [sys.executable, script, *arguments]
         try:
-            done = subprocess.run(command, env=os.environ | fresh, capture_output=True, text=True, timeout=limit)
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
             return {"failed": f"not done after {limit} s"}
     if done.returncode:

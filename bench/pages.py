@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pages_routing import routing
 from pages_training import training
 from tables import Report, markdown, origin
 
@@ -64,6 +65,7 @@ TABLES: dict[str, dict[str, Callable[[Report], str]]] = {
     "measured.md": {"cold": cold, "agreement": agreement},
     "training.md": {"training": training},
     "doors.md": {"backend": backend},
+    "kernels.md": {"routing": routing},
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from machine import provenance
+from machine import provenance, write
 from training_plan import Settings
 
 from depthc.ir.errors import DepthError
@@ -63,16 +63,9 @@ class Results:
     def keep(self, name: str, row: Mapping[str, Any]) -> None:
         """Add a result."""
         self.rows[name] = dict(row)
-        self._write()
+        write(self.report, self.path)
 
     def speed(self, variant: str, door: str, found: Mapping[str, Any]) -> None:
         """Add a measurement."""
         self.report["speed"].setdefault(variant, {})[door] = dict(found)
-        self._write()
-
-    def _write(self) -> None:
-        """To a neighbour first: whoever is interrupted leaves the old results whole."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".new")
-        fresh.write_text(json.dumps(self.report, indent=1, allow_nan=False) + "\n")
-        fresh.replace(self.path)
+        write(self.report, self.path)

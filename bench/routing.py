@@ -1,0 +1,157 @@
+"""Depth routing on a GPU: routed layers, a whole Mixture-of-Recursions, and the ops around them, beside their peers.
+
+    python bench/routing.py --out build/routing.json                              on an H200, several times
+    python bench/routing.py --out build/routing.json --plan                       what remains
+    python bench/routing.py --out build/tiny.json --tiny --device cpu             a rehearsal
+
+Every row is a process of its own, the most important ones first, and its variants take turns (A B A B), twice over. A
+row that does not fit into what is left of `--limit` seconds is not begun; the same command goes on from there. A
+variant that fails says why in its row, and so does a row; the rest goes on. Exit status: 0 all rows are done, 3 some
+are left, 1 all are done and a row, or a variant of one, failed: `--retry` runs those again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import in_a_process, provenance, write
+from routing_plan import ROWS, Row, tiny
+from routing_race import BYTES, FLOPS
+from routing_time import Place
+
+from depthc.ir.errors import DepthError
+
+MODULES = {"graph": "routing_layer"}  # that measure rows of a kind, where it is not named after the kind
+
+
+class ResultsError(DepthError):
+    """Results of one kind that would go among others."""
+
+
+def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/routing.json"), help="where results go")
+    parser.add_argument("--limit", type=float, default=560, help="seconds for this call (default: 560)")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="a row, or all whose name begins so")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile; eager compiles nothing: a rehearsal")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: tiny sizes, few calls")
+    parser.add_argument("--retry", action="store_true", help="run what failed once more")
+    parser.add_argument("--plan", action="store_true", help="say what remains")
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    return parser.parse_args(given)
+
+
+def row_of(options: argparse.Namespace, name: str) -> Row:
+    return tiny(ROWS[name]) if options.tiny else ROWS[name]
+
+
+def measure(row: Row, place: Place) -> dict[str, Any]:
+    """One row, in this process."""
+    torch.manual_seed(0)
+    module = importlib.import_module(MODULES.get(row.kind, f"routing_{row.kind}"))
+    return module.measure(row, place)  # type: ignore[no-any-return]
+
+
+class Results:
+    """The rows that are done, and the file that holds them.
+
+    Raises:
+        ResultsError: the file is of another device or of other sizes.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.path, made_by = options.out, provenance(options.device)
+        own = {"device": made_by["device"], "backend": options.backend, "tiny": options.tiny}
+        held = json.loads(self.path.read_text()) if self.path.exists() else {**own, "rows": {}}
+        for name, value in own.items():
+            if held[name] != value:
+                raise ResultsError(
+                    f"these results are of another {name}",
+                    where=str(self.path),
+                    expected=str(held[name]),
+                    found=str(value),
+                    remedy="give another --out",
+                )
+        constants = {"flops_per_second": FLOPS, "bytes_per_second": BYTES}
+        self.rows: dict[str, dict[str, Any]] = held["rows"]
+        self.report = made_by | own | {"floors": constants, "rows": self.rows}
+
+    def keep(self, name: str, row: dict[str, Any]) -> None:
+        """Add a row."""
+        self.rows[name] = row
+        write(self.report, self.path)
+
+    def expected(self, row: Row) -> float:
+        """Seconds that a row will take: what rows of its kind took, and some more; its limit, if there are none."""
+        alike = [
+            done["seconds"]
+            for done in self.rows.values()
+            if all(done["settings"][name] == getattr(row, name) for name in ("kind", "layers", "training"))
+        ]
+        return min(row.limit, 1.3 * max(alike, default=float("inf")))
+
+    def failed(self) -> list[str]:
+        """Rows that failed, or a variant of which did."""
+        return [name for name, row in self.rows.items() if "failed" in row or row.get("failures")]
+
+
+def run(results: Results, options: argparse.Namespace, names: Sequence[str]) -> int:
+    """Rows until they are done or time is up; the exit status."""
+    began = time.perf_counter()
+    for name in names:
+        row, start = row_of(options, name), time.perf_counter()
+        left = options.limit - (start - began)
+        if (wanted := results.expected(row)) > left:
+            print(f"{name} may take {wanted:.0f} s and {left:.0f} s are left: run this again", flush=True)
+            return 3
+        given = ["--row", name, "--device", options.device, "--backend", options.backend]
+        limit = int(min(row.limit, left))
+        found = in_a_process(__file__, [*given, *(["--tiny"] if options.tiny else [])], limit, fresh=False)
+        seconds = time.perf_counter() - start
+        if "failed" in found and limit < row.limit and seconds >= limit:
+            print(f"{name} is not done: run this again", flush=True)
+            return 3
+        results.keep(name, found | {"settings": row.described(), "seconds": seconds})
+        print(f"{name}: {summary(found)}, {seconds:.0f} s", flush=True)
+    return int(any(name in results.failed() for name in selected(options)))
+
+
+def summary(row: dict[str, Any]) -> str:
+    """A row in a few words."""
+    if "times" not in row:
+        return next(f"{how}: {row[how]}" for how in ("failed", "skipped") if how in row)
+    known = [f"{one['best']} {one['ratio']:.3f} of {one['peer']}" for one in row["asked"] if one["ratio"] is not None]
+    return ", ".join([*known, *(f"{name} failed" for name in row["failures"])]) or "done"
+
+
+def selected(options: argparse.Namespace) -> list[str]:
+    """The names of the rows that are asked for."""
+    begins = tuple(one for one in options.only if one not in ROWS)
+    return [name for name in ROWS if not options.only or name in options.only or name.startswith(begins)]
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    options = parse_arguments(given)
+    if options.row:
+        print(json.dumps(measure(row_of(options, options.row), Place(options.device, options.backend))))
+        return 0
+    results = Results(options)
+    again = results.failed() if options.retry else []
+    remaining = [name for name in selected(options) if name not in results.rows or name in again]
+    if options.plan:
+        print(*(f"{name}: at most {row_of(options, name).limit} s" for name in remaining), sep="\n")
+        return 0
+    return run(results, options, remaining)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
