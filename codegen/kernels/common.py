@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from depthc.ir.errors import InputError
 
+P, R = ParamSpec("P"), TypeVar("R")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _INSTALLED = find_spec("triton") is not None
+
+
+def _constant(function: Callable[P, R]) -> Callable[P, R]:
+    """What torch.compiler.assume_constant_result does, which would load Dynamo, and with it triton, on import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def runs_on(*tensors: Tensor | None) -> str | None:
@@ -37,13 +45,13 @@ def runs_on(*tensors: Tensor | None) -> str | None:
     return f"the tensors are on {device.type}, and Triton runs on cuda"
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def is_new(device: torch.device) -> bool:
     """Whether a GPU has bf16 and asynchronous copies."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def interpreted() -> bool:
     """Whether kernels run under Triton's interpreter."""
     import triton
