@@ -80,7 +80,7 @@ def _is_causal(program: Program, site: Site, node: fx.Node) -> bool:
         if sizes[1][token] <= max(numbers, default=0):
             return False
         return all(_is_lower(Evaluation(program, own, {}).values(site, [mask])[0], own[token]) for own in sizes)
-    except Unknown:
+    except (Unknown, RuntimeError, ValueError, IndexError, TypeError):  # or an op does not take such sizes
         return False
 
 

@@ -136,7 +136,7 @@ class KernelEvaluator(Evaluator):
         stream = values[op.read]
         if torch.is_grad_enabled() or op.read != op.write or self._own.get(op.read) is not stream:
             return False
-        kept = [tensor for slot in self.slots.values() for tensor in slot.cache]
+        kept = [tensor for slot in self.slots.values() for tensor in slot.cache or ()]
         others = (*(v for name, v in values.items() if name != op.read), *self.taps.values(), *self._given, *kept)
         memory = stream.untyped_storage().data_ptr()
         return all(v.untyped_storage().data_ptr() != memory for v in others if isinstance(v, Tensor))
