@@ -13,6 +13,7 @@ from routing_time import Place, Ready
 from torch import Tensor
 
 from depthc.codegen.module import DepthModule, lower
+from depthc.codegen.routing import KERNELS
 from depthc.ir.program import Program
 from depthc.ir.settle import settle
 from depthc.passes.pipeline import run_recipe
@@ -108,6 +109,7 @@ def routed_by(recipe: str, captured: Program, training: bool) -> DepthModule:
     """What `depthc.compile` makes of a captured model; outside of training it selects as in training."""
     program, history = run_recipe(captured, recipe_of(recipe, {}))
     module = lower(settle(program), history=tuple(history)).train(training)
+    module.kernels = KERNELS
     module.selection = "training"
     return module
 

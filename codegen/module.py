@@ -59,7 +59,7 @@ class DepthModule(Checkpointing, nn.Module):
         program = settle(program, copies=False)
         self.recipe, self.history = recipe or Recipe(), history
         self.add_losses, self.selection = False, "inference"
-        self._kernels = frozenset(KERNELS)
+        self._kernels: frozenset[str] = frozenset()
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         values = WeightParams(program)
         made: dict[int, Tensor] = {}
@@ -137,7 +137,7 @@ class DepthModule(Checkpointing, nn.Module):
 
     @property
     def kernels(self) -> frozenset[str]:
-        """The kernels that are on, of `depthc.codegen.routing.KERNELS`; assign some of them to turn the others off.
+        """The kernels that are on, of `depthc.codegen.routing.KERNELS`: none, until some are assigned.
 
         Raises:
             InputError: there is no such kernel.

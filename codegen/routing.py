@@ -26,7 +26,7 @@ from depthc.ir.text.functions import walk
 from depthc.ir.tokens import TokenSet
 
 KERNELS = ("select", "rows", "combine", "attention")
-"""What can be turned off: the choice of the best tokens, their rows out of the stream, their rows back into it, and
+"""What can be turned on: the choice of the best tokens, their rows out of the stream, their rows back into it, and
 attention to the keys of all tokens."""
 
 
@@ -63,7 +63,7 @@ class KernelEvaluator(Evaluator):
         combines: what merges compute, as options of the op, by the certificate of their body.
     """
 
-    kernels: Collection[str] = KERNELS
+    kernels: Collection[str] = ()
     combines: Mapping[str, Options] = {}
 
     def __init__(self, *given: Any, **named: Any) -> None:

@@ -28,7 +28,9 @@ def routed(kv: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Dept
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False)
     model = LlamaForCausalLM(config).to("cuda", dtype)
     options = {"loops": 2, "capacities": [1.0, 0.25], "std": 0.5, **options}
-    return depthc.compile(model, "mor", kwargs={"input_ids": tokens(0)}, kv=kv, **options).train()
+    module = depthc.compile(model, "mor", kwargs={"input_ids": tokens(0)}, kv=kv, **options).train()
+    module.kernels = KERNELS
+    return module
 
 
 def tokens(seed: int, length: int = 256) -> Tensor:

@@ -159,6 +159,7 @@ def test_embeddings_of_the_caller_stay() -> None:
     layers = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh()) for _ in range(3)])
     x = torch.randn(2, 8, 16, device=DEVICE)
     module = depthc.compile(layers.to(DEVICE), "tie(loops=3) | route(capacities=[0.5, 0.5, 0.25])", args=(x,), std=1.0)
+    module.kernels = KERNELS
     module.eval().selection = "training"
     before = x.clone()
     with torch.no_grad(), ops() as seen:
@@ -198,6 +199,7 @@ def test_nan_is_refused_where_all_are_chosen() -> None:
     layers = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh()) for _ in range(3)])
     x = torch.randn(2, 8, 16, device=DEVICE)
     module = depthc.compile(layers.to(DEVICE), "tie(loops=3) | route(capacities=[1.0, 1.0, 1.0])", args=(x,)).train()
+    module.kernels = KERNELS
     x[0, 3, 2] = torch.nan
     if DEVICE == "cpu":  # elsewhere the device finds it
         with pytest.raises(RoutingError, match="row 0, token 3"):
