@@ -35,6 +35,7 @@ def logits(out: Any) -> Tensor:
     return next(t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CAUSAL)
 def test_the_same_without_a_mask(name: str) -> None:
     model, program, kwargs = captured(name)
@@ -111,6 +112,7 @@ def test_keys_before_the_tokens_own_keep_the_mask() -> None:
     assert flagged(program) is not program  # the same without them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHER)
 def test_other_masks_stay(name: str) -> None:
     _, program, _ = captured(name)
@@ -123,6 +125,7 @@ def test_padding_stays() -> None:
     assert flagged(program) is program
 
 
+@pytest.mark.slow
 def test_key_heads_are_shared_in_half_precision() -> None:
     """In single precision repeating them is what fast kernels need."""
     model, program, kwargs = captured("llama", torch.bfloat16)
@@ -158,6 +161,7 @@ def test_step_by_step() -> None:
     torch.testing.assert_close(torch.cat(rows, 1), logits(program.run(**kwargs)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_modules_are_told_unless_nothing_was_rewritten() -> None:
     model, _, kwargs = captured("llama")
     assert "True, scale" in str(depthc.compile(model, "tie", kwargs=kwargs, loops=2).program)

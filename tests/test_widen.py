@@ -81,13 +81,13 @@ def agree(kind: str, rows: str = "full", **options: Any) -> None:
             assert (one - other).abs().max() < BACKWARD, name
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n != "gemma" else []) for n in SETTINGS])
 def test_options(name: str) -> None:
     agree("llama", **SETTINGS[name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["paper", "gemma"])
+@pytest.mark.parametrize("name", ["paper", pytest.param("gemma", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("kind", [kind for kind in oracles.KINDS if kind != "llama"])
 def test_other_architectures(kind: str, name: str) -> None:
     agree(kind, "padded", **SETTINGS[name])
@@ -104,7 +104,7 @@ def test_untrained_it_is_the_model(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["paper", "gemma"])
+@pytest.mark.parametrize("name", ["paper", pytest.param("gemma", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("kind", ["llama", "post_norm", "moe"])
 def test_step_by_step(kind: str, name: str) -> None:
     module, inputs = widened(kind, **SETTINGS[name]), captured(kind, "full")[2]

@@ -24,6 +24,7 @@ from depthc.ir.errors import InputError, RoutingError
 from depthc.ir.program import Loop, Merge, Tap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MORE = pytest.mark.thorough
 ROUTED = ("olmo2", "gpt_neox", "mixtral")  # a post-norm, a parallel and an MoE model
 
 
@@ -99,8 +100,14 @@ def test_a_training_step(name: str) -> None:
     assert_same(found, wanted)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kv", ["recursion", "share_first", "update"])
+@pytest.mark.parametrize(
+    ("kv", "masked"),
+    [
+        ("share_first", False),
+        ("share_first", True),
+        *(pytest.param(kv, masked, marks=MORE) for kv in ("recursion", "update") for masked in (False, True)),
+    ],
+)
 def test_plans(kv: str, masked: bool) -> None:
     """Short rows, which padding makes, are filled up; padding is a mask that the attention kernel does not know."""
     module, given = routed("llama", masked=masked, kv=kv)
@@ -113,7 +120,7 @@ def test_plans(kv: str, masked: bool) -> None:
     assert_same(found, step(module, given))
 
 
-@pytest.mark.parametrize("options", [{"f": "block"}, {"f": "difference", "predictor": True}])
+@pytest.mark.parametrize("options", [{"f": "block"}, pytest.param({"f": "difference", "predictor": True}, marks=MORE)])
 def test_layers_that_choose(options: dict[str, Any]) -> None:
     module, given = routed("llama", "mod", **options)
     with ops() as seen:
@@ -123,7 +130,7 @@ def test_layers_that_choose(options: dict[str, Any]) -> None:
     assert_same(found, step(module, given))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ["select", *(pytest.param(kernel, marks=MORE) for kernel in KERNELS[1:])])
 def test_each_can_be_turned_off(kernel: str) -> None:
     module, given = routed("llama", kv="share_first")
     wanted = step(module.train(), given)
