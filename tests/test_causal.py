@@ -18,8 +18,9 @@ from depthc.codegen.causal import flagged
 from depthc.ir.program import Program
 from depthc.ir.verify import verify
 
-CAUSAL = ("llama", "gpt2", "olmo2", "gpt_neox", "mixtral", "opt")  # a post-norm, a parallel and an MoE model among them
-OTHER = ("mistral", "bert", "bloom", "gemma2")  # windows, no causality, a bias; windows in every other layer
+MORE = pytest.mark.thorough
+CAUSAL = ("llama", "gpt_neox", *(pytest.param(name, marks=MORE) for name in ("gpt2", "olmo2", "mixtral", "opt")))
+OTHER = ("mistral", "bert", *(pytest.param(name, marks=MORE) for name in ("bloom", "gemma2")))  # windows, a bias, all
 
 
 def captured(name: str, dtype: torch.dtype = torch.float32, **more: Tensor) -> tuple[Any, Program, dict[str, Any]]:

@@ -348,12 +348,13 @@ def test_a_process_measures_and_the_tables_show_it(tmp_path: Path) -> None:
     assert "- graph: skipped: CUDA graphs need CUDA" in page
 
 
-EVERY = ("1 layer, 1/3, training", "share_first, 1/3, forward", "token choice, forward", "MoR-3, whole")
+EVERY = ("1 layer, 1/3, training", "share_first, 1/3, forward", "token choice, forward")
+LONG = [pytest.param(name, marks=pytest.mark.thorough) for name in ("MoR-3, whole", "MoR-3, bodies")]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*EVERY, pytest.param("MoR-3, bodies", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("name", [*EVERY, *LONG])
 def test_every_kind_in_small(name: str) -> None:
     torch.compiler.reset()
     row = routing.measure(tiny(ROWS[name]), HERE)
