@@ -152,7 +152,7 @@ def _combined(into: Callable[..., Tensor]) -> Function:
 
 def _fused(x: Inputs) -> Outputs:
     """What a compiler that takes the whole module is given."""
-    return (combine_fused(x.stream, x.rows, x.gates, x.positions, x.inverse, "weighted", "sigmoid", ALPHA),)
+    return (combine_fused(x.stream, x.rows, x.gates, x.positions, x.inverse, alpha=ALPHA),)
 
 
 OPS = {

@@ -49,7 +49,7 @@ class Region:
     def in_place(self, h: Tensor) -> Tensor:
         """The same written over the stream, as inside of a forward, where nobody else holds it."""
         evaluator = self.core._evaluator(h.device)
-        evaluator.slots, evaluator._own = dict(self.past), {self.name: h}  # type: ignore[attr-defined]
+        evaluator.slots, evaluator.made = dict(self.past), {self.name: h}
         values = {**self.reads, **self.state, self.name: h}
         evaluator.ops(self.core.op.body, values, {self.core.op.index: self.recursion})
         return values[self.name]  # type: ignore[no-any-return]

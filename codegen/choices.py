@@ -15,6 +15,7 @@ from depthc.ir.axes.ops import argument
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.masks.masks import Mask, masks_of
 from depthc.ir.program import Call, Kv, Merge, On, Program, Select
+from depthc.ir.rows.fitting import is_causal_alone
 from depthc.ir.selection import parse_rule
 from depthc.ir.text.functions import walk
 from depthc.ir.types import Type
@@ -63,17 +64,72 @@ def choices_of(program: Program, kernels: Collection[str], device: torch.device)
         kernels: those that are on.
         device: where the program runs.
     """
-    wrong = {str(d).removeprefix("torch.") for d in _dtypes(program) if d not in FLOATS}
-    missing = runs_on(torch.empty(1, device=device)) or (f"the model is {', '.join(sorted(wrong))}" if wrong else None)
-    found: list[Choice] = []
-    for choice in _all(program):
-        if not choice.kernel.startswith(("torch", "scaled", "varlen")):
-            if choice.step not in kernels:
-                choice = Choice(choice.site, choice.step, "torch", "turned off")
-            elif missing:
-                choice = Choice(choice.site, choice.step, "torch", missing)
-        found.append(choice)
-    return Choices(found)
+    return Choices(_Chooser(program, kernels, device).all())
+
+
+class _Chooser:
+    def __init__(self, program: Program, kernels: Collection[str], device: torch.device) -> None:
+        self.program, self.kernels = program, kernels
+        wrong = sorted({str(d).removeprefix("torch.") for d in _dtypes(program) if d not in FLOATS})
+        self.missing = runs_on(torch.empty(1, device=device)) or (wrong and f"the model is {', '.join(wrong)}")
+
+    def all(self) -> Iterator[Choice]:
+        """The choices of every region in order."""
+        for stack in self.program.stacks:
+            for op, _ in walk(stack.ops):
+                match op:
+                    case Select():
+                        yield from self._select(f"{stack.name}: {op.write}", op)
+                    case On():
+                        why = "as many rows in every batch row; packed ones by torch"
+                        yield self._own(f"{stack.name}: {op.tokens}", "rows", "take_rows", why)
+                        for call in op.body:
+                            if isinstance(call, Call):
+                                yield from self._attention(call)
+                    case Merge():
+                        yield self._merge(f"{stack.name}: {op.write}", op)
+
+    def _own(self, site: str, step: Step, kernel: str, why: str) -> Choice:
+        """A kernel of this package, where it is on and runs."""
+        if step not in self.kernels:
+            return Choice(site, step, "torch", "turned off")
+        return Choice(site, step, "torch", self.missing) if self.missing else Choice(site, step, kernel, why)
+
+    def _select(self, site: str, op: Select) -> Iterator[Choice]:
+        for rule in (op.rule, op.inference):
+            name = parse_rule(rule)[0] if rule else "all"
+            if name == "topk" and op.within:
+                yield Choice(site, "select", "torch", f"{rule} within documents: one row chooses several times")
+            elif name == "topk":
+                yield self._own(site, "select", "select_topk", str(rule))
+            elif name not in ("all", "stride"):
+                yield Choice(site, "select", "torch", f"{rule}: only the data say how many rows there are")
+
+    def _merge(self, site: str, op: Merge) -> Choice:
+        options = options_of(op)
+        if options is None:
+            return Choice(site, "combine", "torch", "the body of the merge is none of weighted, additive, delta, off")
+        return self._own(site, "combine", "combine", f"{options}; packed rows by torch")
+
+    def _attention(self, op: Call) -> Iterator[Choice]:
+        block = self.program.blocks[op.block]
+        plans = op.kv or (Kv(),) * len(ports_of(block))
+        for port, mask, plan in zip(ports_of(block), masks_of(self.program)[op], plans, strict=True):
+            if port.kind == "fused" and not port.cross:
+                site = f"{op.layer or op.block}: {plan.mode} {plan.slot}".rstrip()
+                yield self._port(site, port.entries[0], mask, plan)
+
+    def _port(self, site: str, node: fx.Node, mask: Mask, plan: Kv) -> Choice:
+        shared = plan.mode in ("read", "share", "update", "overlay")
+        if shared and is_causal_alone(node):
+            return self._own(site, "attention", "shared_attention", "causal by position, keys of all tokens")
+        if argument(node, 3, "attn_mask") is not None:
+            why = f"the mask is {mask}" + ", and only causality is passed on to kernels" * shared
+        elif shared:
+            why = "it drops weights, or is not causal, and the kernel is neither"
+        else:
+            why = "in the order of the rows; varlen_attn where they are ragged"
+        return Choice(site, "attention", "scaled_dot_product_attention", why)
 
 
 def _dtypes(program: Program) -> Iterator[torch.dtype]:
@@ -82,61 +138,3 @@ def _dtypes(program: Program) -> Iterator[torch.dtype]:
         type = block.body.inputs_of("value")[0].type
         if isinstance(type, Type):
             yield type.dtype
-
-
-def _all(program: Program) -> Iterator[Choice]:
-    for stack in program.stacks:
-        for op, _ in walk(stack.ops):
-            match op:
-                case Select():
-                    yield from _select(f"{stack.name}: {op.write}", op)
-                case On():
-                    yield Choice(
-                        f"{stack.name}: {op.tokens}",
-                        "rows",
-                        "take_rows",
-                        "rows of one number a batch row; packed ones, of any number, by torch",
-                    )
-                    yield from (c for inner in op.body if isinstance(inner, Call) for c in _attention(program, inner))
-                case Merge():
-                    yield _merge(f"{stack.name}: {op.write}", op)
-
-
-def _select(site: str, op: Select) -> Iterator[Choice]:
-    for rule in (op.rule, op.inference):
-        name = parse_rule(rule)[0] if rule else "all"
-        if name == "topk" and op.within:
-            yield Choice(site, "select", "torch", f"{rule} within documents: one row chooses several times")
-        elif name == "topk":
-            yield Choice(site, "select", "select_topk", str(rule))
-        elif name not in ("all", "stride"):
-            yield Choice(site, "select", "torch", f"{rule}: only the data say how many rows there are")
-
-
-def _merge(site: str, op: Merge) -> Choice:
-    options = options_of(op)
-    if options is None:
-        return Choice(site, "combine", "torch", "the body of the merge is none of weighted, additive, delta, off")
-    return Choice(site, "combine", "combine", f"{options}; packed rows by torch")
-
-
-def _attention(program: Program, op: Call) -> Iterator[Choice]:
-    block = program.blocks[op.block]
-    plans = op.kv or (Kv(),) * len(ports_of(block))
-    for port, mask, plan in zip(ports_of(block), masks_of(program)[op], plans, strict=True):
-        if port.kind == "fused" and not port.cross:
-            site = f"{op.layer or op.block}: {plan.mode} {plan.slot}".rstrip()
-            yield Choice(site, "attention", *_kernel(port.entries[0], mask, plan))
-
-
-def _kernel(node: fx.Node, mask: Mask, plan: Kv) -> tuple[str, str]:
-    flag = bool(argument(node, 5, "is_causal", False))
-    if plan.mode in ("read", "share", "update", "overlay"):
-        if argument(node, 4, "dropout_p", 0.0) != 0.0:
-            return "scaled_dot_product_attention", "it drops weights, and the kernel does not"
-        if not flag:
-            return "scaled_dot_product_attention", f"the mask is {mask}, and the kernel knows causality alone"
-        return "shared_attention", "causal by position, keys of all tokens"
-    if flag:
-        return "scaled_dot_product_attention", "causal in the order of the rows; varlen_attn where they are ragged"
-    return "scaled_dot_product_attention", f"the mask is {mask}"

@@ -68,7 +68,7 @@ class DepthModule(Checkpointing, nn.Module):
         self._bodies = {body.certificate: body for body in bodies_of(program)}
         functions = {key: function_of(body) for key, body in self._bodies.items()}
         self._functions = dict.fromkeys((False, True), functions)
-        self._rows_by(lambda function: function)
+        self._rows = RowsLowering()
         self._blocks = {block.body.certificate for block in program.blocks.values()}
         self.program = program.with_weights(_Weights(self))
         self._warmups, self._combines = _warmups(program), combines_of(program)
@@ -133,7 +133,7 @@ class DepthModule(Checkpointing, nn.Module):
         self._functions = {  # two functions a body: what one mode needs takes nothing of Dynamo's limit from the other
             mode: {key: inner(function_of(body)) for key, body in self._bodies.items()} for mode in (False, True)
         }
-        self._rows_by(inner)
+        self._rows = RowsLowering(inner, self._rows.attend)
 
     @property
     def kernels(self) -> frozenset[str]:
@@ -149,7 +149,7 @@ class DepthModule(Checkpointing, nn.Module):
         for name in names:
             require_one_of("a kernel", name, KERNELS)
         self._kernels = frozenset(names)
-        self._rows_by(self._compiled)
+        self._rows = RowsLowering(self._rows.compile, attend if "attention" in self._kernels else None)
 
     def explain_kernels(self) -> Choices:
         """Which kernel runs each step of every routed region where the module is now, and why.
@@ -161,11 +161,6 @@ class DepthModule(Checkpointing, nn.Module):
         """
         device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
         return choices_of(self.program, self._kernels, device)
-
-    def _rows_by(self, compile: Callable[..., Any]) -> None:
-        """Blocks on rows as functions, each compiled by `compile`."""
-        self._compiled = compile
-        self._rows = RowsLowering(compile, attend if "attention" in self._kernels else None)
 
     def set_step(self, step: int) -> None:
         """Say how many optimizer steps were taken, for what warms up; it is saved with the parameters.

@@ -5,7 +5,7 @@ Where an op does not apply (`depthc.codegen.choices` says why), the step runs as
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from depthc.ir.evaluate import Evaluator
 from depthc.ir.program import Call, Merge, Program, Segment, Select
 from depthc.ir.selection import all_tokens, read_rule, refuse_nan, share_of
 from depthc.ir.text.functions import walk
-from depthc.ir.tokens import TokenSet
+from depthc.ir.tokens import TokenSet, found_once
 
 KERNELS = ("select", "rows", "combine", "attention")
 """What can be turned on: the choice of the best tokens, their rows out of the stream, their rows back into it, and
@@ -40,12 +40,10 @@ class Tokens(TokenSet):
 
     by_rows: bool = True
 
-    @property
+    @found_once
     def inverse(self) -> Tensor:
         """int32 [batch, tokens]: where each token stands among the rows, -1 if it does not."""
-        if "inverse" not in self.found:
-            self.found["inverse"] = inverse_of(self.positions, self.mask.shape[1], self.valid)
-        return self.found["inverse"]  # type: ignore[no-any-return]
+        return inverse_of(self.positions, self.mask.shape[1], self.valid)
 
     def take(self, stream: Tensor, batch: int = 0, token: int = 1) -> Tensor:
         """See `TokenSet.take`; the gradient is no sum."""
@@ -61,6 +59,7 @@ class KernelEvaluator(Evaluator):
     Attributes:
         kernels: those that are on, of `KERNELS`.
         combines: what merges compute, as options of the op, by the certificate of their body.
+        made: what blocks and merges made, by name: memory that was not there before.
     """
 
     kernels: Collection[str] = ()
@@ -68,7 +67,7 @@ class KernelEvaluator(Evaluator):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self._own: dict[str, Tensor] = {}  # what blocks and merges made
+        self.made: dict[str, Tensor] = {}
         self._given: list[Any] = []  # the arguments
 
     def select(self, op: Select, values: Mapping[str, Any], indices: Mapping[str, int]) -> TokenSet:
@@ -98,24 +97,28 @@ class KernelEvaluator(Evaluator):
 
     def merge(self, op: Merge, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Write rows back into a stream, in place where nobody else can see it and no gradient is wanted."""
-        tokens, rows, options = values[op.tokens], values[op.value], self._options(op)
-        packed = tokens.ragged and rows.shape[0] == 1
-        if options is None or "combine" not in self.kernels or not isinstance(tokens, Tokens) or packed:
+        given, options = self._combined_of(op, values), self._options(op)
+        if given is None or options is None:
             super().merge(op, values, indices)
-            self._own[op.write] = values[op.write]
-            return
-        stream = values[op.read]
-        logits = tokens.take(values[op.extra[0]]) if op.extra else None
-        given = stream, rows.to(stream.dtype), logits, tokens.positions, tokens.inverse
-        if stream.dim() != 3 or combining.applies(*given):
-            super().merge(op, values, indices)
-            return
-        if torch.compiler.is_compiling():
-            made = combine_fused(*given, *options)
         else:
-            run = combining.combine_ if self._is_alone(op, values) else combining.combine
-            made = run(*given, **options._asdict())
-        values[op.write] = self._own[op.write] = made
+            values[op.write] = self._combine(op, values)(*given, **options._asdict())
+        self.made[op.write] = values[op.write]
+
+    def _combine(self, op: Merge, values: Mapping[str, Any]) -> Callable[..., Tensor]:
+        """The form of combine: one that a compiler fuses, one that writes in place, or one that makes a new stream."""
+        if torch.compiler.is_compiling():
+            return combine_fused
+        return combining.combine_ if self._is_alone(op, values) else combining.combine
+
+    def _combined_of(self, op: Merge, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """The tensors that combine takes; None where it does not apply."""
+        tokens, rows, stream = values[op.tokens], values[op.value], values[op.read]
+        packed = tokens.ragged and rows.shape[0] == 1
+        if "combine" not in self.kernels or not isinstance(tokens, Tokens) or packed or stream.dim() != 3:
+            return None
+        logits = tokens.take(values[op.extra[0]]) if op.extra else None
+        given = stream, rows, logits, tokens.positions, tokens.inverse
+        return None if combining.applies(*given) else given
 
     def _options(self, op: Merge) -> Options | None:
         return OFF if op.combine is None else self.combines.get(op.combine.certificate)
@@ -124,7 +127,7 @@ class KernelEvaluator(Evaluator):
         """Run a segment or one application of a block."""
         super().apply(op, values, indices)
         if isinstance(op, Call):
-            self._own.update({name: values[name] for name in op.writes})
+            self.made.update({name: values[name] for name in op.writes})
 
     def run(self, body: Any, values: dict[str, Any], sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Run a program's body; see `Evaluator.run`."""
@@ -134,7 +137,7 @@ class KernelEvaluator(Evaluator):
     def _is_alone(self, op: Merge, values: Mapping[str, Any]) -> bool:
         """Whether a merge may write into its stream: no gradient is wanted, and nothing else is in its memory."""
         stream = values[op.read]
-        if torch.is_grad_enabled() or op.read != op.write or self._own.get(op.read) is not stream:
+        if torch.is_grad_enabled() or op.read != op.write or self.made.get(op.read) is not stream:
             return False
         kept = [tensor for slot in self.slots.values() for tensor in slot.cache or ()]
         others = (*(v for name, v in values.items() if name != op.read), *self.taps.values(), *self._given, *kept)

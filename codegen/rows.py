@@ -52,7 +52,7 @@ class RowsLowering:
         compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
         attend: Attend | None = None,
     ) -> None:
-        self._compile, self._attend = compile, attend
+        self.compile, self.attend = compile, attend
         self._make = torch.compiler.disable(self._made)  # Dynamo sees the graphs, not how they come about
         self._graphs: dict[Any, Callable[..., Any]] = {}
 
@@ -88,7 +88,7 @@ class RowsLowering:
             training,
             device,
             cast,
-            self._attend,
+            self.attend,
         )
         leaves = pytree.tree_leaves(tensors)
         key = (block.body.certificate, block.carries, *way.options, _structure(tensors), tuple(map(_kind, leaves)))
@@ -97,7 +97,7 @@ class RowsLowering:
         return self._graphs[key](*[leaf for leaf in leaves if isinstance(leaf, Tensor)])  # type: ignore[no-any-return]
 
     def _made(self, way: Way, tensors: Arguments) -> Callable[..., Any]:
-        return self._compile(_trace(way, tensors))
+        return self.compile(_trace(way, tensors))
 
 
 def _structure(tensors: Arguments) -> tuple[Any, ...]:
@@ -123,7 +123,7 @@ class Way:
     training: bool
     device: torch.device
     cast: torch.dtype | None  # of autocast, if that is on
-    attend: Attend | None = None
+    attend: Attend | None
 
     @property
     def options(self) -> tuple[Any, ...]:

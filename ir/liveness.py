@@ -76,7 +76,8 @@ def reads_of(op: Op) -> set[str]:
             return {op.read, op.value, op.tokens, *op.extra}
         case Tap():
             return {op.read}
-    return set(read_first(op.body))
+    until = {op.until} if op.until else set()
+    return {*read_first(op.body), *(until - set().union(*map(writes_of, op.body)))}
 
 
 def writes_of(op: Op) -> set[str]:

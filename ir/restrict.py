@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -21,21 +22,26 @@ def restricted(program: Program, output: str) -> Program:
         >>> restricted(program, "logits")  # doctest: +SKIP
     """
     signature = replace(program.signature, outputs=(output,), out_spec=pytree.treespec_leaf())
-    live = {output}
-    body: list[Segment | Stack] = []
-    for item in reversed(without_taps(replace(program, signature=signature)).body):
+    body, live = needed(without_taps(replace(program, signature=signature)).body, {output})
+    return replace(program, body=body, signature=_taking(signature, live))
+
+
+def needed(items: Sequence[Segment | Stack], live: set[str]) -> tuple[tuple[Segment | Stack, ...], set[str]]:
+    """The stacks, and of segments the results that are read later or are `live` at the end; and what is live before."""
+    kept: list[Segment | Stack] = []
+    for item in reversed(items):
         if isinstance(item, Segment):
             if not live & {*item.writes}:
                 continue
-            item = only(item, live)
+            item = _only(item, live)
             live = live - {*item.writes} | {*item.reads}
         else:
-            live |= {*read_first(item.ops)}
-        body.append(item)
-    return replace(program, body=tuple(reversed(body)), signature=_taking(signature, live))
+            live = live | {*read_first(item.ops)}
+        kept.append(item)
+    return tuple(reversed(kept)), live
 
 
-def only(segment: Segment, live: set[str]) -> Segment:
+def _only(segment: Segment, live: set[str]) -> Segment:
     """A segment with the results that are live, and the inputs that those need."""
     kept = [i for i, name in enumerate(segment.writes) if name in live]
     body = segment.body

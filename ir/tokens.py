@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def _once(find: Callable[[Any], Any]) -> property:
+def found_once(find: Callable[[Any], Any]) -> property:
     """A property found once; not functools.cached_property, whose lock Dynamo does not enter (Python 3.11)."""
 
     def found(self: Any) -> Any:
@@ -46,13 +46,13 @@ class TokenSet:
         """Whether only the data tell how many members a batch row has; then its rows are better packed than padded."""
         return self.count is None and self.most is None and self.mask.shape[0] > 1
 
-    @_once
+    @found_once
     def width(self) -> int:
         """The rows that a region on the set has for every row of the batch."""
         bound = self.most if self.count is None else self.count
         return bound if bound is not None else int(self.mask.sum(1).max()) if self.mask.numel() else 0
 
-    @_once
+    @found_once
     def positions(self) -> Tensor:
         """[batch, rows]: the selected positions in ascending order; short rows are filled up with others."""
         if self.everyone:
@@ -60,18 +60,18 @@ class TokenSet:
         first = torch.sort((~self.mask).to(torch.int8), dim=1, stable=True).indices[:, : self.width]
         return first if self.count is not None else first.sort(1).values
 
-    @_once
+    @found_once
     def valid(self) -> Tensor | None:
         """[batch, rows]: whether a row of `positions` is a member; None if all are."""
         return None if self.count is not None else self.mask.gather(1, self.positions)
 
-    @_once
+    @found_once
     def slots(self) -> Tensor:
         """[members]: where each member is among the rows of `positions`, flattened."""
         slots = torch.arange(self.positions.numel(), device=self.mask.device).view_as(self.positions)
         return torch.zeros_like(self.mask, dtype=torch.int64).scatter(1, self.positions, slots).flatten()[self.places]
 
-    @_once
+    @found_once
     def places(self) -> Tensor:
         """[members]: where each member is among all tokens, flattened."""
         return self.mask.flatten().nonzero()[:, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from depthc.ir.names import Names
 from depthc.ir.params import Init, Param, drawn
@@ -145,17 +146,18 @@ class _Layer:
         """The coefficients of a layer, or its router."""
         one, dtype, at = self.one, wide(self.stream.dtype), f"depth.{self.group}.{number}"
         count, width = one.blocks, self.stream.shape[2]
-        if one.coefficients == "scalars":
-            return _filled({f"{at}.predict": "eye", f"{at}.correct": "ones"}, count, dtype)
-        mix = drawn({f"{at}.mix": (count, width)}, dtype, one.std, one.seed + number)  # type: ignore[dict-item]
-        shapes = {
-            "norm": ((width,), "ones"),
-            "predict": ((count**2, count), "zeros"),
-            "correct": ((count, count), "zeros"),
-        }
-        made = {f"{at}.{name}": Type(dtype, shape) for name, (shape, _) in shapes.items()}  # type: ignore[arg-type]
-        laws = {f"{at}.{name}": law for name, (_, law) in shapes.items()}
-        return mix | {name: Param(type, expr=Init(type, laws[name])) for name, type in made.items()}
+        laws: dict[str, tuple[Sequence[Any], str]] = {"predict": ((count, count), "eye"), "correct": ((count,), "ones")}
+        if one.coefficients == "router":
+            laws = {
+                "norm": ((width,), "ones"),
+                "predict": ((count**2, count), "zeros"),
+                "correct": ((count, count), "zeros"),
+            }
+        types = {name: Type(dtype, tuple(shape)) for name, (shape, _) in laws.items()}
+        made = {f"{at}.{name}": Param(type, expr=Init(type, laws[name][1])) for name, type in types.items()}
+        if one.coefficients == "router":
+            made |= drawn({f"{at}.mix": (count, width)}, dtype, one.std, one.seed + number)  # type: ignore[dict-item]
+        return made
 
     def _active(self, number: int) -> int:
         return number % self.one.blocks if self.one.active is None else self.one.active
@@ -164,9 +166,3 @@ class _Layer:
         """The parameters of a glue, in the order of its slots."""
         slots = ("norm", "mix", last) if self.one.coefficients == "router" else (last,)
         return tuple(f"depth.{self.group}.{number}.{slot}" for slot in slots)
-
-
-def _filled(laws: dict[str, str], count: int, dtype: object) -> dict[str, Param]:
-    shapes = {"eye": (count, count), "ones": (count,)}
-    types = {name: Type(dtype, shapes[law]) for name, law in laws.items()}  # type: ignore[arg-type]
-    return {name: Param(type, expr=Init(type, laws[name])) for name, type in types.items()}

@@ -15,7 +15,19 @@ from oracles.routers import best
 from oracles.rows import Row
 from torch import Tensor
 
-from .tiny import DOCUMENTS, EVERY, FULL, PADDED, TOLERANCE, Toy, alone, changed_last, gap, math_, unpadded
+from .tiny import (
+    EVERY,
+    FULL,
+    PADDED,
+    TOLERANCE,
+    Toy,
+    alone,
+    changed_last,
+    documents_gap,
+    gap,
+    math_,
+    unpadded,
+)
 
 
 @torch.no_grad()
@@ -293,19 +305,10 @@ def test_keys_are_updated_to_those_of_the_recursion_where_all_are_active(kind: s
 @pytest.mark.parametrize("kv", ["recursion", "update"])
 def test_packed_documents_are_those_documents_alone(kind: str, kv: str) -> None:
     """When they choose apart, or by threshold; where the best of the row go on, one takes places of another."""
-    inputs = oracles.inputs_of(kind, FULL, documents=DOCUMENTS)
-    same = []
-    for options in ({"per": "document"}, {"causal": True}, {"per": "row"}):
-        settings, gaps = Settings(kv=kv, combine="delta", **options), []
-        with Wide():
-            found = routed(kind, settings, inputs, FULL, DOCUMENTS)
-            for b, d in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]:
-                where = DOCUMENTS[b] == d
-                one = {"input_ids": inputs["input_ids"][b : b + 1, where]}
-                expected = routed(kind, settings, one, torch.ones(1, int(where.sum()), dtype=torch.bool))
-                gaps.append(gap(found.logits[b, where], expected.logits[0]))
-        same.append(max(gaps) < TOLERANCE)
-    assert same == [True, True, False]
+    options: list[dict[str, Any]] = [{"per": "document"}, {"causal": True}, {"per": "row"}]
+    forms = [Settings(kv=kv, combine="delta", **own) for own in options]
+    gaps = [documents_gap(kind, lambda *given, own=own: routed(kind, own, *given).logits) for own in forms]
+    assert [found < TOLERANCE for found in gaps] == [True, True, False]
 
 
 def test_the_auxiliary_router_leaves_the_model_alone() -> None:

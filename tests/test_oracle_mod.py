@@ -14,7 +14,20 @@ from oracles.mod import Result, Settings
 from oracles.routers import warmed
 from torch import Tensor
 
-from .tiny import DOCUMENTS, EVERY, FULL, PADDED, TOLERANCE, Toy, alone, changed_last, gap, math_, model, unpadded
+from .tiny import (
+    EVERY,
+    FULL,
+    PADDED,
+    TOLERANCE,
+    Toy,
+    alone,
+    changed_last,
+    documents_gap,
+    gap,
+    math_,
+    model,
+    unpadded,
+)
 
 HALF = mod.odd(8, 0.5)
 
@@ -216,20 +229,9 @@ def test_a_padded_row_is_that_row_alone(kind: str, causal: bool) -> None:
 @pytest.mark.parametrize("kind", ["llama", "hybrid", *oracles.ENCODERS])
 def test_packed_documents_are_those_documents_alone(kind: str) -> None:
     """When they choose apart; where the best of the row are taken, one document takes places of another."""
-    inputs = oracles.inputs_of(kind, FULL, documents=DOCUMENTS)
-    same = []
-    for per in ("document", "row"):
-        settings = Settings(HALF, per=per)
-        with Wide():
-            found = routed(kind, settings, inputs, FULL, DOCUMENTS)
-            gaps = []
-            for b, d in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]:
-                where = DOCUMENTS[b] == d
-                one = {"input_ids": inputs["input_ids"][b : b + 1, where]}
-                expected = routed(kind, settings, one, torch.ones(1, int(where.sum()), dtype=torch.bool))
-                gaps.append(gap(found.logits[b, where], expected.logits[0]))
-        same.append(max(gaps) < TOLERANCE)
-    assert same == [True, False]
+    forms = [Settings(HALF, per=per) for per in ("document", "row")]
+    gaps = [documents_gap(kind, lambda *given, own=own: routed(kind, own, *given).logits) for own in forms]
+    assert [found < TOLERANCE for found in gaps] == [True, False]
 
 
 def test_gradients() -> None:

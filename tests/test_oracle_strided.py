@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import oracles
@@ -14,17 +14,16 @@ from oracles.strided import Settings, make_parameters, stride
 from torch import Tensor
 
 from .tiny import (
-    DOCUMENTS,
     EVERY,
     FULL,
     PADDED,
     TOLERANCE,
     Toy,
-    alone,
     assert_same_gradients,
     changed_last,
+    documents_gap,
     gap,
-    unpadded,
+    padding_gap,
 )
 from .whole import WHOLE, whole_of
 
@@ -149,24 +148,11 @@ def test_a_later_token_changes_nothing_before_it(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_padded_row_is_that_row_alone(kind: str) -> None:
-    inputs, parameters = oracles.inputs_of(kind, PADDED), parameters_of(kind)
-    with Wide():
-        found = stride(math_(kind), Settings(2), parameters, inputs, PADDED)
-        for b in unpadded(kind):
-            one, real = alone(kind, inputs, b, PADDED), PADDED[b]
-            expected = stride(math_(kind), Settings(2), parameters, one, real[None, real])
-            assert gap(found[b, real], expected[0]) < TOLERANCE
+    assert padding_gap(kind, partial(stride, math_(kind), Settings(2), parameters_of(kind))) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["llama", "hybrid", *oracles.ENCODERS])
 @torch.no_grad()
 def test_packed_documents_are_those_documents_alone(kind: str) -> None:
     """Anchors restart with a document."""
-    inputs, parameters = oracles.inputs_of(kind, FULL, documents=DOCUMENTS), parameters_of(kind)
-    with Wide():
-        found = stride(math_(kind), Settings(3), parameters, inputs, FULL, DOCUMENTS)
-        for b, d in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]:
-            where = DOCUMENTS[b] == d
-            one = {"input_ids": inputs["input_ids"][b : b + 1, where]}
-            every = torch.ones(1, int(where.sum()), dtype=torch.bool)
-            assert gap(found[b, where], stride(math_(kind), Settings(3), parameters, one, every)[0]) < TOLERANCE
+    assert documents_gap(kind, partial(stride, math_(kind), Settings(3), parameters_of(kind))) < TOLERANCE

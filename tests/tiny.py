@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import oracles
 import torch
-from oracles import Key, LayerMath, Visible
+from oracles import Key, LayerMath, Visible, Wide
 from torch import Tensor, nn
 
 TOLERANCE = 1e-10
@@ -67,6 +67,29 @@ def alone(kind: str, inputs: Mapping[str, Tensor], b: int, real: Tensor) -> dict
 def unpadded(kind: str) -> list[int]:
     """The rows of `PADDED` that are the same without padding: on the left only where positions are relative."""
     return [1] if kind in ("post_norm", oracles.ENCODERS[0]) else [0, 1]
+
+
+def padding_gap(kind: str, run: Callable[..., Tensor]) -> float:
+    """How far logits of padded rows are from those of the same rows alone; `run` takes inputs and the real tokens."""
+    inputs, gaps = oracles.inputs_of(kind, PADDED), []
+    with Wide():
+        found = run(inputs, PADDED)
+        for b in unpadded(kind):
+            real = PADDED[b]
+            gaps.append(gap(found[b, real], run(alone(kind, inputs, b, PADDED), real[None, real])[0]))
+    return max(gaps)
+
+
+def documents_gap(kind: str, run: Callable[..., Tensor]) -> float:
+    """How far logits of packed documents are from those of each alone; `run` takes inputs, real tokens, documents."""
+    inputs, gaps = oracles.inputs_of(kind, FULL, documents=DOCUMENTS), []
+    with Wide():
+        found = run(inputs, FULL, DOCUMENTS)
+        for b, d in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]:
+            where = DOCUMENTS[b] == d
+            one = {"input_ids": inputs["input_ids"][b : b + 1, where]}
+            gaps.append(gap(found[b, where], run(one, torch.ones(1, int(where.sum()), dtype=torch.bool))[0]))
+    return max(gaps)
 
 
 class Toy:

@@ -81,9 +81,7 @@ class Fitting:
         keys, function = self.sizes.frames[port], self.attend(*args[:3])
         if function is None or keys.positions is not None:
             return None
-        positions = here.positions.expand(self.sizes.batch, -1)
-        scale = kwargs.get("scale", None if len(args) < 7 else args[6])
-        args[3:] = [positions, here.valid, keys.valid, scale]
+        args[3:] = [here.positions.expand(self.sizes.batch, -1), here.valid, keys.valid, argument(node, 6, "scale")]
         kwargs.clear()
         return function
 
@@ -139,9 +137,13 @@ def attends_by_position(schedule: Schedule, node: fx.Node) -> bool:
     """Whether an op is causal attention, without another mask, to keys that another pass stored."""
     port = schedule.port_of[node]
     given = not schedule.ports[port].cross and schedule.sources[port] in ("given", "update")
-    plain = all(is_plain(schedule, source) for source in node.args[:3])  # type: ignore[arg-type]
+    return given and is_causal_alone(node) and all(is_plain(schedule, source) for source in node.args[:3])  # type: ignore[arg-type]
+
+
+def is_causal_alone(node: fx.Node) -> bool:
+    """Whether an attention op is causal by its flag, and has no other mask and drops nothing."""
     masked = argument(node, 3, "attn_mask") is not None or argument(node, 4, "dropout_p", 0.0) != 0.0
-    return given and plain and not masked and bool(argument(node, 5, "is_causal", False))
+    return not masked and bool(argument(node, 5, "is_causal", False))
 
 
 def is_plain(schedule: Schedule, source: fx.Node) -> bool:

@@ -60,6 +60,11 @@ class Row:
         keys = self.keys(layer, states) if keys is None else keys
         return {t: self.math.apply(layer, depth, x, t, self.visible(keys, t)) for t, x in states.items()}
 
+    def step(self, layer: Any, depth: int, x: Tensor, t: int, keys: dict[int, Key]) -> Tensor:
+        """A layer for one token, with the keys of those before; its own key is added to them."""
+        keys |= self.keys(layer, {t: x})
+        return self.math.apply(layer, depth, x, t, self.visible(keys, t))
+
     def visible(self, keys: Mapping[int, Key], t: int) -> Visible:
         return [(j, key) for j, key in keys.items() if self.sees(t, j)]
 

@@ -75,22 +75,16 @@ def step_row(row: Row, settings: Settings, parameters: Parameters, states: State
     for t, x in states.items():
         for depth, layer in enumerate(row.math.layers):
             if depth in (0, len(row.math.layers) - 1):
-                x = step(row, layer, depth, x, t, keys[depth])
+                x = row.step(layer, depth, x, t, keys[depth])
             elif t in anchors:
                 predicted = predict(parameters, depth, x, x if anchors[t] == t else kept[depth][anchors[t]][0])
                 if anchors[t] == t:
                     read = x if settings.compute_on == "old" else predicted
-                    y = step(row, layer, depth, read, t, keys[depth])
+                    y = row.step(layer, depth, read, t, keys[depth])
                     kept[depth][t] = x, y - predicted
                 x = predicted + parameters[f"b.{depth}"] * kept[depth][anchors[t]][1]
         found[t] = x
     return found
-
-
-def step(row: Row, layer: object, depth: int, x: Tensor, t: int, keys: dict[int, Key]) -> Tensor:
-    """One token through one layer, with the keys of those before."""
-    keys |= row.keys(layer, {t: x})
-    return row.math.apply(layer, depth, x, t, row.visible(keys, t))
 
 
 def stride(

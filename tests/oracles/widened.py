@@ -182,9 +182,7 @@ def step_row(row: Row, settings: Settings, parameters: Parameters, blocks: Mappi
     for t, states in blocks.items():
         for depth, (layer, keys) in enumerate(zip(row.math.layers, past, strict=True)):
             predicted = predict(settings, parameters, depth, states)
-            x = read(settings, depth, states, predicted)
-            keys |= row.keys(layer, {t: x})
-            y = row.math.apply(layer, depth, x, t, row.visible(keys, t))
+            y = row.step(layer, depth, read(settings, depth, states, predicted), t, keys)
             states = correct(settings, parameters, depth, predicted, y)
         found[t] = states
     return found

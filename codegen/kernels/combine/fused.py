@@ -16,15 +16,22 @@ from depthc.codegen.kernels.rows import named, spread_rows, take_rows
 
 
 def combine_fused(
-    stream: Tensor, rows: Tensor, logits: Tensor | None, positions: Tensor, inverse: Tensor, kind: str, gate: str,
-    alpha: float,
-) -> Tensor:  # fmt: skip
+    stream: Tensor,
+    rows: Tensor,
+    logits: Tensor | None,
+    positions: Tensor,
+    inverse: Tensor,
+    *,
+    kind: str = "weighted",
+    gate: str = "sigmoid",
+    alpha: float = 0.1,
+) -> Tensor:
     """See `depthc.codegen.kernels.combine.combine`.
 
     Example:
         >>> positions, inverse = torch.tensor([[1]]), torch.tensor([[-1, 0]], dtype=torch.int32)
         >>> given = torch.ones(1, 2, 1), torch.tensor([[[5.0]]]), None, positions, inverse
-        >>> combine_fused(*given, "additive", "none", 1.0).flatten()
+        >>> combine_fused(*given, kind="additive").flatten()
         tensor([1., 6.])
     """
     return _Combine.apply(stream, rows, logits, positions, inverse, kind, gate, alpha)  # type: ignore[no-any-return]
