@@ -86,6 +86,7 @@ NOT_QUITE: dict[str, Callable[[Any, int, int], Tensor]] = {
     "at random": lambda layer, b, t: (
         (behind(t) == 0) | (behind(t) >= 0) & (F.dropout(torch.ones(t, t), 0.3, layer.training) > 0)
     ),
+    "at random, but seldom": lambda layer, b, t: (behind(t) >= 0) & (torch.rand(t, t) > 1e-7),
     "a buffer that may be loaded": lambda layer, b, t: added(t) + layer.bias[:t, :t],
     "another in other batch rows": lambda layer, b, t: (
         (behind(t) >= 0) & ((torch.arange(b) == 0)[:, None, None, None] | (behind(t) < 3))

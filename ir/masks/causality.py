@@ -38,15 +38,14 @@ class Causality:
     def alone(self, block: Block, port: Port) -> bool:
         """Whether the mask of a port is causality and no more in every application of its block.
 
-        Only of fused self-attention whose keys are the tokens' own: the flag counts from the first key.
+        Only of fused self-attention; a mask of more keys than tokens is not square, so it is none.
         """
         if port.kind != "fused" or port.cross or not self.complete:
             return False
         (node,) = port.entries
-        axes, mask = analyse(block), argument(node, 3, "attn_mask")
-        own = all(axes.labels[source][-2] == (axes.token,) for source in node.args[:3])  # type: ignore[index]
+        mask = argument(node, 3, "attn_mask")
         uses = [site for site in self.sites if site.block is block]
-        return isinstance(mask, fx.Node) and own and bool(uses) and all(self._holds(site, mask) for site in uses)
+        return isinstance(mask, fx.Node) and bool(uses) and all(self._holds(site, mask) for site in uses)
 
     def _holds(self, site: Site, mask: fx.Node) -> bool:
         """The same in one application; looked at once for all that compute it from the same values."""
