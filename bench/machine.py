@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,12 @@ def write(report: dict[str, Any], path: Path) -> None:
     new.replace(path)
 
 
+def _message(printed: str) -> str:
+    """What an error says, of what a process printed; its last lines may be advice."""
+    lines = printed.strip().splitlines() or ["no message"]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]*Error", line)), lines[-1])
+
+
 def in_a_process(script: str, arguments: list[str], limit: int, fresh: bool = True) -> dict[str, Any]:
     """What a script prints as JSON in its last line, run in a process of its own; `failed` says why there is nothing.
 
@@ -66,5 +73,5 @@ def in_a_process(script: str, arguments: list[str], limit: int, fresh: bool = Tr
         except subprocess.TimeoutExpired:
             return {"failed": f"not done after {limit} s"}
     if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+        return {"failed": _message(done.stderr)}
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]

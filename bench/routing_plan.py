@@ -8,6 +8,8 @@ from typing import Any
 
 OURS = ("bodies", "whole")  # the ways in which depthc runs a region that makes a new stream
 PLAIN = "without kernels"
+IN_PLACE = "in place"
+WRITING = tuple(f"{way}, {IN_PLACE}" for way in OURS)  # that write over it
 ONE_IN_THREE, TWO_IN_THREE = 1 / 3, 2 / 3
 MULTIPLE = 128  # tokens of a tile of the products
 BOUNDED = ("choose", "combine", "combine in place")  # ops that are asked to be near their bytes
@@ -98,7 +100,7 @@ def _layer(capacity: float, training: bool, layers: int = 1, multiple: int = 1) 
     share = {ONE_IN_THREE: "1/3", TWO_IN_THREE: "2/3"}.get(capacity, "1")
     ratios = {"1": 1.01, "2/3": 1.03, "1/3": 1.05} if training else {"1": 1.01, "2/3": 1.01, "1/3": 1.03}
     most = ratios[share] if layers == 1 else 1.01
-    asked = [Asked(OURS if training else ("in place", *OURS), "dense", most)]
+    asked = [Asked(OURS if training else (*WRITING, *OURS), "dense", most)]
     if share == "1/3" and not training and layers == 1:
         asked.append(Asked(OURS, "dense", 1.06))
     name = f"{layers} {'layer' if layers == 1 else 'layers'}, {share}{f' by {multiple}' if multiple > 1 else ''}"
@@ -108,7 +110,7 @@ def _layer(capacity: float, training: bool, layers: int = 1, multiple: int = 1) 
 
 
 def _graph(width: int, batch: int) -> Row:
-    ours = ("in place", *OURS)
+    ours = (*WRITING, *OURS)
     asked = (Asked(ours, "dense + 25 us", 1.0), Asked(ours, "eager form, compiled", 1.0))
     sizes = replace(SIZES[width], batch=batch)
     return Row(f"graph, D={width}, B={batch}", "graph", sizes, ONE_IN_THREE, asked=asked)

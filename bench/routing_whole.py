@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from routing_plan import PLAIN, Row
+from routing_plan import Row
 from routing_race import FLOPS, Race, judged
 from routing_region import HALF, routed_by
 from routing_time import Place, Ready, Variants, clock_of
@@ -78,10 +78,9 @@ class Whole:
         self.loss = place.compiled(_summed)
 
     def variants(self, bodies: bool) -> Variants:
-        """The model, and either the module by bodies and eager, or as one graph with and without kernels."""
+        """The model, and the module either by bodies and eager, or as one graph."""
         ours = {"bodies": self.bodies, "eager": self.eager}
-        graphs = {"whole": self.whole, f"whole, {PLAIN}": lambda: self.whole(kernels=False)}
-        found = {"vanilla": self.vanilla, **(ours if bodies else graphs)}
+        found = {"vanilla": self.vanilla, **(ours if bodies else {"whole": self.whole})}
         return {name: (lambda name=name, make=make: self._weighed(name, make)) for name, make in found.items()}
 
     def _weighed(self, name: str, make: Callable[[], Ready]) -> Ready:
@@ -111,8 +110,8 @@ class Whole:
         self.place.compile(module)
         return self.of_depthc(module, _forward(module))
 
-    def whole(self, kernels: bool = True) -> Ready:
-        module = self.copied(kernels)
+    def whole(self) -> Ready:
+        module = self.copied()
         _forward(module)(self.ids)  # rows are traced before the whole is
         return self.of_depthc(module, self.place.compiled(_forward(module)))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from depthc.codegen.kernels import combine as combining
 from depthc.codegen.kernels import select as selecting
-from depthc.codegen.kernels.combine.fused import combine_fused
+from depthc.codegen.kernels.combine.fused import combine_fused, combine_written
 from depthc.codegen.kernels.combine.match import OFF, Options, options_of
 from depthc.codegen.kernels.combine.reference import inverse_of
 from depthc.codegen.kernels.common import runs_on
@@ -107,7 +107,7 @@ class KernelEvaluator(Evaluator):
     def _combine(self, op: Merge, values: Mapping[str, Any]) -> Callable[..., Tensor]:
         """The form of combine: one that a compiler fuses, one that writes in place, or one that makes a new stream."""
         if torch.compiler.is_compiling():
-            return combine_fused
+            return combine_written if self._is_made(op, values) else combine_fused
         return combining.combine_ if self._is_alone(op, values) else combining.combine
 
     def _combined_of(self, op: Merge, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
@@ -134,11 +134,15 @@ class KernelEvaluator(Evaluator):
         self._given = list(values.values())
         return super().run(body, values, sizes)
 
+    def _is_made(self, op: Merge, values: Mapping[str, Any]) -> bool:
+        """Whether the memory of a merge's stream was not there before, and no gradient is wanted."""
+        return not torch.is_grad_enabled() and op.read == op.write and self.made.get(op.read) is values[op.read]
+
     def _is_alone(self, op: Merge, values: Mapping[str, Any]) -> bool:
-        """Whether a merge may write into its stream: no gradient is wanted, and nothing else is in its memory."""
-        stream = values[op.read]
-        if torch.is_grad_enabled() or op.read != op.write or self.made.get(op.read) is not stream:
+        """Whether a merge may write into its stream: it is made here, and nothing else is in its memory."""
+        if not self._is_made(op, values):
             return False
+        stream = values[op.read]
         kept = [tensor for slot in self.slots.values() for tensor in slot.cache or ()]
         others = (*(v for name, v in values.items() if name != op.read), *self.taps.values(), *self._given, *kept)
         memory = stream.untyped_storage().data_ptr()

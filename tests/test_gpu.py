@@ -62,7 +62,11 @@ def test_generation_is_that_of_the_cpu() -> None:
     assert torch.equal(found.cpu(), depthc.generate(routed("cpu").eval(), ids(2, 4), 6))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:TensorFloat32")
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+    "ignore:TensorFloat32",
+    "ignore:\\s*Online softmax is disabled",
+)
 def test_compiled_by_inductor() -> None:
     torch.compiler.reset()
     module = routed("cuda")

@@ -16,7 +16,12 @@ from depthc.codegen.routing import KERNELS
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:.*AccumulateGrad node's stream"),
+    pytest.mark.filterwarnings(
+        "ignore:TensorFloat32",
+        "ignore:.*AccumulateGrad node's stream",
+        "ignore:The .grad attribute of a Tensor that is not a leaf",
+        "ignore:\\s*Online softmax is disabled",
+    ),
 ]
 KEYS = ("recursion", "share_first")
 
@@ -97,8 +102,10 @@ def test_errors_are_at_most_twice_those_of_plain_torch(kv: str, form: str) -> No
     module.kernels = KERNELS
     if form == "bodies":
         module.compile()
-    whole = torch.compile(module, fullgraph=True) if form == "whole" else module
-    found = step(whole, tokens(1), params[0])
+    if form == "whole":
+        step(module, tokens(1), params[0])  # rows are traced before the whole is
+        module = torch.compile(module, fullgraph=True)  # type: ignore[assignment]
+    found = step(module, tokens(1), params[0])
     for one, other, wanted in zip(found, plain, right, strict=True):
         assert (one - wanted).norm() <= 2 * (other - wanted).norm() + 1e-6 * wanted.norm()
 
@@ -116,5 +123,6 @@ def test_activations_scale_with_the_chosen_tokens() -> None:
         del out
         return found
 
-    whole, half, least = kept(1.0), kept(0.5), kept(1 / 1024)
-    assert (half - least) / (whole - least) == pytest.approx(0.5, abs=0.1)
+    most, half, least = kept(3 / 4), kept(1 / 2), kept(1 / 4)  # all tokens are a case of their own
+    assert (half - least) / (most - least) == pytest.approx(0.5, abs=0.02)
+    assert most - least <= (kept(1.0) - least) * 0.75  # all that two layers keep goes with their tokens
