@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from routing_layers import Layers, applied, routed
-from routing_plan import OURS, PLAIN, WRITING, Row
+from routing_plan import OURS, PLAIN, Row
 from routing_race import BYTES, FLOPS, Race, judged
 from routing_region import HALF, Region, by_depthc, ready, routed_by, stream_of
 from routing_time import Place, Ready, Variants, captured, clock_of
@@ -53,7 +53,7 @@ def variants_of(row: Row, place: Place, stack: Layers, module: DepthModule, h: T
     by_hand = partial(routed, layers, router, k, cos=cos, sin=sin)
     rows, tables = stream[:, :k].contiguous(), (cos[:k], sin[:k])
     weights = list(layers.parameters())
-    doors = OURS if training else (*WRITING, *OURS)
+    doors = OURS if training else ("in place", *OURS)
     if row.layers == 1 and row.kind == "layer":
         doors = (*doors, *(f"{door}, {PLAIN}" for door in OURS))
     found: dict[str, Any] = {

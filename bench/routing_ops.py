@@ -11,18 +11,20 @@ from routing_layers import ALPHA, at, best, combined, combined_, scored
 from routing_plan import Sizes
 from routing_region import HALF
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import pad, rms_norm, scaled_dot_product_attention
 
 from depthc.codegen.kernels.combine import combine, combine_
 from depthc.codegen.kernels.combine.fused import combine_fused
 from depthc.codegen.kernels.combine.reference import inverse_of
 from depthc.codegen.kernels.gather_norm import gather_norm
 from depthc.codegen.kernels.rows import take_rows
+from depthc.codegen.kernels.score import score_rows
 from depthc.codegen.kernels.select import select_topk
 from depthc.codegen.kernels.shared_attention.op import shared_attention
 
 EPS = 1e-6
+BLOCK = 128  # queries of a block of FlexAttention
 
 
 class Inputs(NamedTuple):
@@ -104,8 +106,8 @@ def _best(x: Inputs) -> Outputs:
     return positions, inverse >= 0, inverse
 
 
-def _with_router(select: Function) -> Function:
-    return lambda x: select(x._replace(logits=scored(x.stream, x.router)))
+def _with_router(select: Function, score: Callable[[Tensor, Tensor], Tensor]) -> Function:
+    return lambda x: select(x._replace(logits=score(x.stream, x.router)))
 
 
 def _normed(x: Inputs) -> Outputs:
@@ -121,10 +123,16 @@ def _masked(x: Inputs) -> Outputs:
     return (scaled_dot_product_attention(x.q, k, v, mask),)
 
 
+def by_position(positions: Tensor, size: int) -> BlockMask:
+    """Keys up to the position of every query. Masks are asked about whole blocks, beyond the last query too."""
+    batch, rows = positions.shape
+    filled = pad(positions, (0, -rows % BLOCK))
+    return create_block_mask(lambda b, _, q, k: filled[b, q] >= k, batch, None, rows, size, device=positions.device)
+
+
 def flex(x: Inputs) -> Outputs:
     """The same by FlexAttention, whose mask is made anew, as a router would have it."""
-    (batch, _, rows, _), size = x.q.shape, x.k.shape[2]
-    mask = create_block_mask(lambda b, _, q, k: x.positions[b, q] >= k, batch, None, rows, size, device=x.q.device)
+    mask = by_position(x.positions, x.k.shape[2])
     return (flex_attention(x.q, x.k, x.v, block_mask=mask, enable_gqa=True),)
 
 
@@ -156,7 +164,11 @@ def _fused(x: Inputs) -> Outputs:
 
 
 OPS = {
-    "choose": Op(_with_router(_selected), _with_router(_best), _bytes(lambda t, n, w: (t * w + 9 * t + 9 * n, 0))),
+    "choose": Op(
+        _with_router(_selected, score_rows),
+        _with_router(_best, scored),
+        _bytes(lambda t, n, w: (t * w + 9 * t + 9 * n, 0)),
+    ),
     "select": Op(_selected, _best, _bytes(lambda t, n, w: (9 * t + 9 * n, 0))),
     "take": Op(
         lambda x: (take_rows(x.stream, x.positions, x.inverse),),

@@ -8,8 +8,6 @@ from typing import Any
 
 OURS = ("bodies", "whole")  # the ways in which depthc runs a region that makes a new stream
 PLAIN = "without kernels"
-IN_PLACE = "in place"
-WRITING = tuple(f"{way}, {IN_PLACE}" for way in OURS)  # that write over it
 ONE_IN_THREE, TWO_IN_THREE = 1 / 3, 2 / 3
 MULTIPLE = 128  # tokens of a tile of the products
 BOUNDED = ("choose", "combine", "combine in place")  # ops that are asked to be near their bytes
@@ -100,7 +98,7 @@ def _layer(capacity: float, training: bool, layers: int = 1, multiple: int = 1) 
     share = {ONE_IN_THREE: "1/3", TWO_IN_THREE: "2/3"}.get(capacity, "1")
     ratios = {"1": 1.01, "2/3": 1.03, "1/3": 1.05} if training else {"1": 1.01, "2/3": 1.01, "1/3": 1.03}
     most = ratios[share] if layers == 1 else 1.01
-    asked = [Asked(OURS if training else (*WRITING, *OURS), "dense", most)]
+    asked = [Asked(OURS if training else ("in place", *OURS), "dense", most)]
     if share == "1/3" and not training and layers == 1:
         asked.append(Asked(OURS, "dense", 1.06))
     name = f"{layers} {'layer' if layers == 1 else 'layers'}, {share}{f' by {multiple}' if multiple > 1 else ''}"
@@ -110,7 +108,7 @@ def _layer(capacity: float, training: bool, layers: int = 1, multiple: int = 1) 
 
 
 def _graph(width: int, batch: int) -> Row:
-    ours = (*WRITING, *OURS)
+    ours = ("in place", *OURS)
     asked = (Asked(ours, "dense + 25 us", 1.0), Asked(ours, "eager form, compiled", 1.0))
     sizes = replace(SIZES[width], batch=batch)
     return Row(f"graph, D={width}, B={batch}", "graph", sizes, ONE_IN_THREE, asked=asked)
@@ -127,11 +125,10 @@ def _tokens(training: bool) -> Row:
     return Row(f"token choice, {'training' if training else 'forward'}", "tokens", training=training, asked=asked)
 
 
-def _whole(name: str, ours: tuple[str, ...], *peers: Asked) -> Row:
-    sizes = Sizes(960, 15, 5, 2560)
-    memory = Asked(tuple(f"memory, {one}" for one in ours), "memory, vanilla", 0.75)
-    asked = (Asked(ours, "vanilla by FLOPs", 1 / 0.95), memory, *peers)
-    return Row(name, "whole", sizes, layers=32, training=True, limit=500, rounds=6, asked=asked)
+def _whole() -> Row:
+    memory = Asked(tuple(f"memory, {one}" for one in OURS), "memory, vanilla", 0.75)
+    asked = (Asked(OURS, "vanilla by FLOPs", 1 / 0.95), memory, Asked(OURS, "eager", 0.5))
+    return Row("MoR-3", "whole", SIZES[960], layers=32, training=True, limit=500, rounds=6, asked=asked)
 
 
 def _op(op: str, capacity: float = ONE_IN_THREE, training: bool = False) -> Row:
@@ -144,8 +141,7 @@ def _op(op: str, capacity: float = ONE_IN_THREE, training: bool = False) -> Row:
 def _rows() -> Iterator[Row]:
     capacities = (ONE_IN_THREE, TWO_IN_THREE, 1.0)
     yield from (_layer(capacity, training) for capacity in capacities for training in (False, True))
-    yield _whole("MoR-3, bodies", ("bodies",), Asked(("bodies",), "eager", 0.5))
-    yield _whole("MoR-3, whole", ("whole",))
+    yield _whole()
     yield from map(_shared, (False, True))
     yield from map(_op, BOUNDED)
     yield from (_graph(width, batch) for batch in (1, 4) for width in SIZES)

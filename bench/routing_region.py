@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from routing_plan import IN_PLACE, PLAIN, Row
+from routing_plan import Row
 from routing_time import Place, Ready
 from torch import Tensor
 
@@ -83,31 +83,26 @@ def ready(run: Run, x: Tensor, given: Sequence[Tensor], training: bool) -> Ready
 def by_depthc(
     place: Place, module: DepthModule, make: Callable[[DepthModule], Region], door: str, training: bool
 ) -> Ready:
-    """A region of a copy of the module, compiled through a door: "bodies", "whole", or one of both "in place".
+    """A region of a copy of the module, compiled through a door: "bodies", "whole" or "in place".
 
     Args:
         door: with ", without kernels" behind it, the steps around the block are plain torch.
     """
-    module, (way, *how) = copy.deepcopy(module), door.split(", ")
-    if PLAIN in how:
+    module, (way, *plain) = copy.deepcopy(module), door.split(", ")
+    if plain:
         module.kernels = ()
-    if way == "bodies":
+    if way != "whole":
         place.compile(module)
     region = make(module)
     given = region.given() if training else []
+    if way == "in place":
+        x = region.stream.clone()
+        return Ready(torch.no_grad()(lambda: region.in_place(x)), lambda: x.copy_(region.stream))
     eager = ready(region, region.stream, given, training)
-    if way == "whole":
-        eager.run()  # rows are traced before the whole is
-    if IN_PLACE in how:
-        return _in_place(region, place if way == "whole" else None)
-    return eager if way == "bodies" else ready(place.compiled(lambda h: region(h)), region.stream, given, training)
-
-
-def _in_place(region: Region, place: Place | None) -> Ready:
-    """A region that writes over its stream, compiled as one graph if a place is given."""
-    x = region.stream.clone()
-    run = place.compiled(lambda h: h.copy_(region.in_place(h))) if place else region.in_place
-    return Ready(torch.no_grad()(lambda: run(x)), lambda: x.copy_(region.stream))
+    if way == "bodies":
+        return eager
+    eager.run()  # rows are traced before the whole is
+    return ready(place.compiled(lambda h: region(h)), region.stream, given, training)
 
 
 def routed_by(recipe: str, captured: Program, training: bool) -> DepthModule:

@@ -9,12 +9,13 @@ from typing import Any
 
 from routing_layer import flops_of_layer, least, share_of
 from routing_layers import Keys, Layers, applied, at, best, combined, scored
+from routing_ops import by_position
 from routing_plan import OURS, Row
 from routing_race import Race, judged
 from routing_region import HALF, Region, by_depthc, ready, routed_by, stream_of
 from routing_time import Place, Ready, Variants, clock_of, require_cuda
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
 import depthc
 from depthc.ir.cost.flops import flops
@@ -90,10 +91,7 @@ class Shared:
         """The chosen tokens run, with a mask by their positions."""
         logit = scored(h, self.router)
         positions = best(logit, self.row.chosen)
-        mask = create_block_mask(
-            lambda b, _, q, k: positions[b, q] >= k, h.shape[0], None, self.row.chosen, h.shape[1], device=h.device
-        )
-        attend = partial(flex_attention, block_mask=mask, enable_gqa=True)
+        attend = partial(flex_attention, block_mask=by_position(positions, h.shape[1]), enable_gqa=True)
         y, cos, sin = h.gather(1, at(positions, h)), self.cos[positions][:, None], self.sin[positions][:, None]
         for layer, keys in zip(self.layers, self.keys, strict=True):
             y = layer(y, cos, sin, keys, attend)

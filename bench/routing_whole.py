@@ -54,7 +54,7 @@ def measure(row: Row, place: Place) -> dict[str, Any]:
     captured = depthc.capture(model, kwargs={"input_ids": ids})
     module = routed_by(RECIPE, captured, training=True)
     whole = Whole(model, module, ids, place)
-    race = Race(clock_of(row, place, began)).run(whole.variants("bodies" in row.name))
+    race = Race(clock_of(row, place, began)).run(whole.variants())
     vanilla, routed = whole.operations(captured), whole.operations(module.program)
     others = {f"memory, {name}": float(held) for name, held in whole.memory.items()}
     if "vanilla" in race.times:
@@ -77,10 +77,9 @@ class Whole:
         self.memory: dict[str, int] = {}
         self.loss = place.compiled(_summed)
 
-    def variants(self, bodies: bool) -> Variants:
-        """The model, and the module either by bodies and eager, or as one graph."""
-        ours = {"bodies": self.bodies, "eager": self.eager}
-        found = {"vanilla": self.vanilla, **(ours if bodies else {"whole": self.whole})}
+    def variants(self) -> Variants:
+        """The model, and the module as one graph, by bodies, and eager."""
+        found = {"vanilla": self.vanilla, "whole": self.whole, "bodies": self.bodies, "eager": self.eager}
         return {name: (lambda name=name, make=make: self._weighed(name, make)) for name, make in found.items()}
 
     def _weighed(self, name: str, make: Callable[[], Ready]) -> Ready:

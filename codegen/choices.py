@@ -11,16 +11,17 @@ from torch import fx
 
 from depthc.codegen.kernels.combine.match import options_of
 from depthc.codegen.kernels.common import FLOATS, runs_on
+from depthc.codegen.kernels.score.match import options_of as router_of
 from depthc.ir.axes.ops import argument
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.masks.masks import Mask, masks_of
-from depthc.ir.program import Call, Kv, Merge, On, Program, Select
+from depthc.ir.program import Call, Kv, Merge, On, Program, Segment, Select
 from depthc.ir.rows.fitting import is_causal_alone
 from depthc.ir.selection import parse_rule
 from depthc.ir.text.functions import walk
 from depthc.ir.types import Type
 
-Step = Literal["select", "rows", "attention", "combine"]
+Step = Literal["score", "select", "rows", "attention", "combine"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class _Chooser:
         for stack in self.program.stacks:
             for op, _ in walk(stack.ops):
                 match op:
+                    case Segment() if router_of(op) is not None:
+                        yield self._own(f"{stack.name}: {op.writes[0]}", "score", "score_rows", "a linear router")
                     case Select():
                         yield from self._select(f"{stack.name}: {op.write}", op)
                     case On():

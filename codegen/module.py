@@ -20,7 +20,7 @@ from depthc.codegen.functions import function_of
 from depthc.codegen.kernels.common import require_one_of
 from depthc.codegen.kernels.shared_attention.attend import attend
 from depthc.codegen.loops import LoopBody
-from depthc.codegen.routing import KERNELS, KernelEvaluator, combines_of
+from depthc.codegen.routing import KERNELS, KernelEvaluator, combines_of, scores_of
 from depthc.codegen.rows import RowsLowering
 from depthc.ir import selection, sizes
 from depthc.ir.body import Body
@@ -59,7 +59,7 @@ class DepthModule(Checkpointing, nn.Module):
         program = settle(program, copies=False)
         self.recipe, self.history = recipe or Recipe(), history
         self.add_losses, self.selection = False, "inference"
-        self._kernels: frozenset[str] = frozenset()
+        self._kernels = frozenset(KERNELS)
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         values = WeightParams(program)
         made: dict[int, Tensor] = {}
@@ -68,10 +68,10 @@ class DepthModule(Checkpointing, nn.Module):
         self._bodies = {body.certificate: body for body in bodies_of(program)}
         functions = {key: function_of(body) for key, body in self._bodies.items()}
         self._functions = dict.fromkeys((False, True), functions)
-        self._rows = RowsLowering()
+        self._rows = RowsLowering(attend=attend)
         self._blocks = {block.body.certificate for block in program.blocks.values()}
         self.program = program.with_weights(_Weights(self))
-        self._warmups, self._combines = _warmups(program), combines_of(program)
+        self._warmups, self._combines, self._scores = _warmups(program), combines_of(program), scores_of(program)
         self._read_step()
         self.register_load_state_dict_post_hook(_read_step)  # also where a module around this one loads
 
@@ -137,7 +137,7 @@ class DepthModule(Checkpointing, nn.Module):
 
     @property
     def kernels(self) -> frozenset[str]:
-        """The kernels that are on, of `depthc.codegen.routing.KERNELS`: none, until some are assigned.
+        """The kernels that are on, of `depthc.codegen.routing.KERNELS`: all, until others are assigned.
 
         Raises:
             InputError: there is no such kernel.
@@ -201,7 +201,8 @@ class DepthModule(Checkpointing, nn.Module):
         evaluator = KernelEvaluator(
             self.program, self.parameter_of, device, self.training, self._run_body, self.selection, self._step
         )
-        evaluator.run_rows, evaluator.kernels, evaluator.combines = self._rows, self._kernels, self._combines
+        evaluator.run_rows, evaluator.kernels = self._rows, self._kernels
+        evaluator.combines, evaluator.scores = self._combines, self._scores
         if self._checkpoint is not None and self.training:
             evaluator.run_rows = partial(self._checkpoint, self._rows)
         return evaluator

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor
 
 from depthc.codegen.kernels import combine as combining
+from depthc.codegen.kernels import score
 from depthc.codegen.kernels import select as selecting
-from depthc.codegen.kernels.combine.fused import combine_fused, combine_written
+from depthc.codegen.kernels.combine.fused import combine_fused
 from depthc.codegen.kernels.combine.match import OFF, Options, options_of
 from depthc.codegen.kernels.combine.reference import inverse_of
 from depthc.codegen.kernels.common import runs_on
 from depthc.codegen.kernels.rows import take_rows
-from depthc.ir.evaluate import Evaluator
+from depthc.codegen.kernels.score import match as scoring
+from depthc.ir.evaluate import Evaluator, indexed
 from depthc.ir.program import Call, Merge, Program, Segment, Select
 from depthc.ir.selection import all_tokens, read_rule, refuse_nan, share_of
 from depthc.ir.text.functions import walk
 from depthc.ir.tokens import TokenSet, found_once
 
-KERNELS = ("select", "rows", "combine", "attention")
-"""What can be turned on: the choice of the best tokens, their rows out of the stream, their rows back into it, and
-attention to the keys of all tokens."""
+KERNELS = ("score", "select", "rows", "combine", "attention")
+"""What can be turned off: the logits of linear routers, the choice of the best tokens, their rows out of the stream,
+their rows back into it, and attention to the keys of all tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +60,13 @@ class KernelEvaluator(Evaluator):
 
     Attributes:
         kernels: those that are on, of `KERNELS`.
+        scores: how linear routers read their stream, by the certificate of their body.
         combines: what merges compute, as options of the op, by the certificate of their body.
         made: what blocks and merges made, by name: memory that was not there before.
     """
 
     kernels: Collection[str] = ()
+    scores: Mapping[str, scoring.Options] = {}
     combines: Mapping[str, Options] = {}
 
     def __init__(self, *given: Any, **named: Any) -> None:
@@ -107,7 +111,7 @@ class KernelEvaluator(Evaluator):
     def _combine(self, op: Merge, values: Mapping[str, Any]) -> Callable[..., Tensor]:
         """The form of combine: one that a compiler fuses, one that writes in place, or one that makes a new stream."""
         if torch.compiler.is_compiling():
-            return combine_written if self._is_made(op, values) else combine_fused
+            return combine_fused
         return combining.combine_ if self._is_alone(op, values) else combining.combine
 
     def _combined_of(self, op: Merge, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
@@ -125,24 +129,32 @@ class KernelEvaluator(Evaluator):
 
     def apply(self, op: Segment | Call, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Run a segment or one application of a block."""
-        super().apply(op, values, indices)
+        if not (isinstance(op, Segment) and self._score(op, values, indices)):
+            super().apply(op, values, indices)
         if isinstance(op, Call):
             self.made.update({name: values[name] for name in op.writes})
+
+    def _score(self, op: Segment, values: dict[str, Any], indices: Mapping[str, int]) -> bool:
+        """Run a linear router by the kernel, where it applies; whether it did."""
+        options = self.scores.get(op.body.certificate) if "score" in self.kernels else None
+        if options is None:
+            return False
+        stream, weight = values[op.reads[0]], self.param(indexed(op.params[0], indices))
+        if score.applies(stream, weight):
+            return False
+        values[op.writes[0]] = score.score_rows(stream.detach() if options.apart else stream, weight)
+        return True
 
     def run(self, body: Any, values: dict[str, Any], sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Run a program's body; see `Evaluator.run`."""
         self._given = list(values.values())
         return super().run(body, values, sizes)
 
-    def _is_made(self, op: Merge, values: Mapping[str, Any]) -> bool:
-        """Whether the memory of a merge's stream was not there before, and no gradient is wanted."""
-        return not torch.is_grad_enabled() and op.read == op.write and self.made.get(op.read) is values[op.read]
-
     def _is_alone(self, op: Merge, values: Mapping[str, Any]) -> bool:
-        """Whether a merge may write into its stream: it is made here, and nothing else is in its memory."""
-        if not self._is_made(op, values):
-            return False
+        """Whether a merge may write into its stream: no gradient is wanted, and nothing else is in its memory."""
         stream = values[op.read]
+        if torch.is_grad_enabled() or op.read != op.write or self.made.get(op.read) is not stream:
+            return False
         kept = [tensor for slot in self.slots.values() for tensor in slot.cache or ()]
         others = (*(v for name, v in values.items() if name != op.read), *self.taps.values(), *self._given, *kept)
         memory = stream.untyped_storage().data_ptr()
@@ -153,4 +165,11 @@ def combines_of(program: Program) -> dict[str, Options]:
     """What the merges of a program compute, by the certificate of their body, where the op has options for it."""
     merges = [op for op, _ in walk(program.stacks) if isinstance(op, Merge) and op.combine is not None]
     found = {op.combine.certificate: options_of(op) for op in merges if op.combine is not None}
+    return {key: options for key, options in found.items() if options is not None}
+
+
+def scores_of(program: Program) -> dict[str, scoring.Options]:
+    """How the linear routers of a program read their stream, by the certificate of their body."""
+    segments = [op for op, _ in walk(program.stacks) if isinstance(op, Segment)]
+    found = {op.body.certificate: scoring.options_of(op) for op in segments}
     return {key: options for key, options in found.items() if options is not None}

@@ -17,7 +17,7 @@ import torch
 from routing_layer import RECIPE, least, operations, share_of
 from routing_layers import Layers, routed
 from routing_ops import OPS, inputs_of
-from routing_plan import ROWS, TINY, WRITING, Asked, Row, tiny
+from routing_plan import ROWS, TINY, Asked, Row, tiny
 from routing_race import BYTES, FLOPS, Race, judged
 from routing_region import HALF, Region, ready, routed_by, stream_of
 from routing_time import Clock, Place, Ready, Skip
@@ -38,7 +38,7 @@ QUICK = Clock(HERE, rounds=2, least=0.0)
 def test_rows_begin_with_the_routed_layer_and_the_whole_model() -> None:
     names = list(ROWS)
     assert names[:2] == ["1 layer, 1/3, forward", "1 layer, 1/3, training"]
-    assert names[6:8] == ["MoR-3, bodies", "MoR-3, whole"]
+    assert names[6] == "MoR-3"
     assert {row.kind for row in ROWS.values()} == {"layer", "whole", "shared", "op", "graph", "step", "tokens"}
     assert max(row.limit for row in ROWS.values()) <= 560  # a call has ten minutes
 
@@ -53,7 +53,7 @@ def test_chosen_tokens() -> None:
 def test_what_is_asked() -> None:
     asked = ROWS["1 layer, 1/3, forward"].asked
     assert [(one.of, one.peer, one.most) for one in asked] == [
-        ((*WRITING, "bodies", "whole"), "dense", 1.03),
+        (("in place", "bodies", "whole"), "dense", 1.03),
         (("bodies", "whole"), "dense", 1.06),
     ]
     assert asked[0].answer({"dense": 2.0, "bodies": 2.2, "whole": 2.1})["ratio"] == 1.05
@@ -278,44 +278,45 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rows:
 
 def test_rows_that_are_done_are_not_run_again(rows: Rows) -> None:
     assert rows.call("--only", "MoR-3", "op, select") == 0
-    assert rows.ran == ["MoR-3, bodies", "MoR-3, whole", "op, select, 1/3"]
+    assert rows.ran == ["MoR-3", "op, select, 1/3"]
     assert rows.call("--only", "MoR-3") == 0
     assert rows.ran == []
     assert rows.call("--only", "op, combine, 1/3", "MoR") == 0
     assert rows.ran == ["op, combine, 1/3"]
     assert rows.call("--limit", "1e6") == 0
-    assert len(rows.ran) == len(ROWS) - 4
+    assert len(rows.ran) == len(ROWS) - 3
     report = json.loads(rows.out.read_text())
     assert report["rows"].keys() == ROWS.keys()
     assert report["floors"] == {"flops_per_second": FLOPS, "bytes_per_second": BYTES}
     assert report["versions"]["torch"] == torch.__version__
-    settings = report["rows"]["MoR-3, whole"]["settings"]
+    settings = report["rows"]["MoR-3"]["settings"]
     assert (settings["kind"], settings["layers"], settings["chosen"]) == ("whole", 5, 32)
 
 
 def test_a_row_that_does_not_fit_is_not_begun(rows: Rows, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows.call("--only", "MoR-3", "--limit", "499") == 3
     assert rows.ran == []
-    assert "MoR-3, bodies may take 500 s and 499 s are left: run this again" in capsys.readouterr().out
-    assert rows.call("--only", "MoR-3", "--limit", "501") == 0  # the second is expected to take as long as the first
+    assert "MoR-3 may take 500 s and 499 s are left: run this again" in capsys.readouterr().out
+    assert rows.call("--only", "MoR-3", "--limit", "501") == 0
     assert rows.call("--plan", "--only", "op, select", "MoR") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "op, select, 1/3: at most 150 s"
 
 
 def test_failures_are_kept_and_run_again_on_demand(rows: Rows) -> None:
-    rows.answers["MoR-3, bodies"] = {"failed": "no message"}
-    rows.answers["MoR-3, whole"] = {"times": {}, "failures": {"whole": "OutOfMemoryError: 1"}, "asked": []}
-    assert rows.call("--only", "MoR-3", "op, select") == 1
+    names = ["MoR-3", "token choice, forward"]
+    rows.answers[names[0]] = {"failed": "no message"}
+    rows.answers[names[1]] = {"times": {}, "failures": {"bodies": "OutOfMemoryError: 1"}, "asked": []}
+    assert rows.call("--only", *names, "op, select") == 1
     assert len(rows.ran) == 3
-    assert rows.call("--only", "MoR-3", "op, select") == 1
+    assert rows.call("--only", *names, "op, select") == 1
     assert rows.ran == []
     assert rows.call("--only", "op, select") == 0  # of what is asked for, none failed
-    del rows.answers["MoR-3, bodies"]
-    assert rows.call("--only", "MoR-3", "op, select", "--retry") == 1
-    assert rows.ran == ["MoR-3, bodies", "MoR-3, whole"]
+    del rows.answers[names[0]]
+    assert rows.call("--only", *names, "op, select", "--retry") == 1
+    assert rows.ran == names
     rows.answers.clear()
-    assert rows.call("--only", "MoR-3", "--retry") == 0
-    assert rows.ran == ["MoR-3, whole"]
+    assert rows.call("--only", *names, "--retry") == 0
+    assert rows.ran == names[1:]
 
 
 def test_a_row_that_the_call_had_no_time_for_is_none(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,12 +353,12 @@ def test_a_process_measures_and_the_tables_show_it(tmp_path: Path) -> None:
 
 
 EVERY = ("1 layer, 1/3, training", "share_first, 1/3, forward", "token choice, forward")
-LONG = [pytest.param(name, marks=pytest.mark.thorough) for name in ("MoR-3, whole", "MoR-3, bodies")]
+LONG = pytest.param("MoR-3", marks=pytest.mark.thorough)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*EVERY, *LONG])
+@pytest.mark.parametrize("name", [*EVERY, LONG])
 def test_every_kind_in_small(name: str) -> None:
     torch.compiler.reset()
     row = routing.measure(tiny(ROWS[name]), HERE)
@@ -383,6 +384,6 @@ def test_every_op_in_small(op: str) -> None:
 
 
 def test_clocks_follow_the_row() -> None:
-    clock = routing_time.clock_of(ROWS["MoR-3, whole"], HERE, 100.0)
+    clock = routing_time.clock_of(ROWS["MoR-3"], HERE, 100.0)
     assert clock.until == pytest.approx(100 + 500 * 2 / 3)
     assert clock.rounds == 6

@@ -37,32 +37,6 @@ def combine_fused(
     return _Combine.apply(stream, rows, logits, positions, inverse, kind, gate, alpha)  # type: ignore[no-any-return]
 
 
-def combine_written(
-    stream: Tensor,
-    rows: Tensor,
-    logits: Tensor | None,
-    positions: Tensor,
-    inverse: Tensor,
-    *,
-    kind: str = "weighted",
-    gate: str = "sigmoid",
-    alpha: float = 0.1,
-) -> Tensor:
-    """The same for inference, as rows put into the stream: a compiler writes them in place if nobody reads it later.
-
-    Example:
-        >>> positions, inverse = torch.tensor([[1]]), torch.tensor([[-1, 0]], dtype=torch.int32)
-        >>> given = torch.ones(1, 2, 1), torch.tensor([[[5.0]]]), None, positions, inverse
-        >>> combine_written(*given, kind="additive").flatten()
-        tensor([1., 6.])
-    """
-    old = take_rows(stream, positions, inverse)
-    places = torch.arange(positions.shape[1], device=positions.device, dtype=torch.int32).expand_as(positions)
-    new = combine_reference(old, rows, logits, places, places, kind=kind, gate=gate, alpha=alpha)
-    new = torch.where(named(positions, inverse)[..., None], new, old)
-    return stream.index_put((torch.arange(stream.shape[0], device=stream.device)[:, None], positions), new)
-
-
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Tile sizes of the kernels, as data: fixed ones that compile for Hopper without spilling, not yet tuned."""
+"""Tile sizes of the kernels, as data: in half precision the fastest that `bench/tiles.py` found on an H200."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Plan:
 
 # By bytes a number and features a head, rounded up to a power of two.
 PLANS = {
-    (2, 64): Plan(Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2)),
-    (2, 128): Plan(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2)),
+    (2, 64): Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 1)),
+    (2, 128): Plan(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 1)),
     (2, 256): Plan(Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
     (4, 64): Plan(Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2)),
     (4, 128): Plan(Tiles(16, 16, 4, 2), Tiles(16, 16, 4, 2), Tiles(16, 16, 4, 2)),

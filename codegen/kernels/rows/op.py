@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depthc.codegen.kernels.common import FLOATS, on, runs_on, warps
+
+WIDEST = 8192  # features of a row, which a program holds in registers
+
 
 def take_rows(stream: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
     """[B, k, ...]: the rows of a stream [B, S, ...] at some positions.
@@ -43,7 +47,7 @@ def spread_rows(rows: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(stream: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
-        return _at(stream, positions)
+        return copy_op(stream, positions) if _copies(stream) else _at(stream, positions)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -57,6 +61,8 @@ class _Take(torch.autograd.Function):
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
+        if _copies(rows):
+            return copy_op(rows, inverse)
         found = _at(rows, inverse.clamp(min=0))
         return torch.where(inverse.reshape(*inverse.shape, *(1,) * (rows.dim() - 2)) >= 0, found, found.new_zeros(()))
 
@@ -79,6 +85,31 @@ def named(positions: Tensor, inverse: Tensor) -> Tensor:
         tensor([[False,  True]])
     """
     return _at(inverse, positions) == torch.arange(positions.shape[1], device=positions.device)
+
+
+def _copies(x: Tensor) -> bool:
+    """Whether the kernel copies rows of x: a compiler fuses plain torch with what is around it instead."""
+    fits = x.dim() == 3 and x.dtype in FLOATS and 0 < x.shape[2] <= WIDEST and x.shape[1] > 0
+    return fits and not torch.compiler.is_compiling() and not runs_on(x)
+
+
+@torch.library.custom_op("depthc::copy_rows", mutates_args=())
+def copy_op(source: Tensor, places: Tensor) -> Tensor:
+    """[B, k, D]: rows of [B, S, D] at places [B, k] by the kernel; zeros at negative ones."""
+    from depthc.codegen.kernels.rows.kernel import copy_kernel
+
+    out, D = _copied_shape(source, places), source.shape[2]
+    source = source if source.stride(2) == 1 else source.contiguous()
+    with on(source):
+        copy_kernel[(places.numel(),)](
+            source, places.contiguous(), out, places.shape[1], source.stride(0), source.stride(1), D=D, **warps(D)
+        )
+    return out
+
+
+@copy_op.register_fake
+def _copied_shape(source: Tensor, places: Tensor) -> Tensor:
+    return source.new_empty((*places.shape, source.shape[2]))
 
 
 def _at(x: Tensor, places: Tensor) -> Tensor:
