@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from depthc.codegen.kernels.combine import applies, combine, combine_, combine_reference, inverse_of
+from depthc.codegen.kernels.combine.fused import combine_fused
 from depthc.codegen.kernels.combine.op import combine_op, in_place_op
 from depthc.codegen.kernels.select import select_topk, select_where
 from depthc.ir.body import interpret
@@ -85,6 +86,31 @@ def test_backward(kind: str, gate: str, sizes: tuple[int, int, int, int], kept: 
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", COMBINES)
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_form_that_compilers_fuse(kind: str, backend: str | None, dtype: torch.dtype) -> None:
+    """As the kernels, forward and backward, as it is and compiled, where it converts to fp32 and where it need not."""
+    torch.compiler.reset()
+    given = made(3, 7, 4, 33, 0.7)
+
+    def scaled(*inputs: Any, **options: Any) -> Tensor:
+        stream, rows, logits, *places = inputs
+        return combine_fused(2 * stream, 2 * rows, 2 * logits, *places, **options)
+
+    function = torch.compile(scaled, backend=backend, fullgraph=True) if backend else scaled
+    doubled = tuple(2 * part for part in given[:3])
+    wide = tuple(part.to(dtype) for part in given[:3])
+    expected = combine_reference(*doubled, *given[3:], kind=kind, alpha=0.7)
+    torch.testing.assert_close(
+        function(*wide, *given[3:], kind=kind, alpha=0.7).float(), expected, rtol=1e-5, atol=1e-6
+    )
+    found = gradients(function, given, dtype, kind=kind, alpha=0.7)
+    exact = gradients(combine_reference, (*doubled, *given[3:]), torch.float64, kind=kind, alpha=0.7)
+    for a, b in zip(found, exact, strict=True):
+        assert (a is None or not a.any()) if b is None else torch.allclose(a.double(), 2 * b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", COMBINES)
