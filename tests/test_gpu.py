@@ -65,7 +65,6 @@ def test_generation_is_that_of_the_cpu() -> None:
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf",
     "ignore:TensorFloat32",
-    "ignore:\\s*Online softmax is disabled",
 )
 def test_compiled_by_inductor() -> None:
     torch.compiler.reset()

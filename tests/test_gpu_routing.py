@@ -20,7 +20,6 @@ pytestmark = [
         "ignore:TensorFloat32",
         "ignore:.*AccumulateGrad node's stream",
         "ignore:The .grad attribute of a Tensor that is not a leaf",
-        "ignore:\\s*Online softmax is disabled",
     ),
 ]
 KEYS = ("recursion", "share_first")
