@@ -30,7 +30,7 @@ def flagged(program: Program) -> Program:
 
     A block keeps its mask if one of its applications has another one.
     """
-    causality, blocks = Causality(program), dict(program.blocks)
+    causality, blocks = Causality.of(program), dict(program.blocks)
     dropped: dict[str, tuple[int, ...]] = {}
     for name, block in program.blocks.items():
         if nodes := [port.entries[0] for port in ports_of(block) if causality.alone(block, port)]:

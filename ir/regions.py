@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depthc.ir.axes.ports import ports_of
 from depthc.ir.evaluate import Evaluator, gradients, indexed
-from depthc.ir.masks.factors import Factor
-from depthc.ir.masks.masks import Mask, masks_of
+from depthc.ir.masks.causality import Causality
 from depthc.ir.program import Block, Call, Kv, On, Segment
 from depthc.ir.rows import varlen
 from depthc.ir.rows.execution import Cache
@@ -158,8 +158,9 @@ def run_on(
 
 
 def _causal(evaluator: Evaluator, op: Call) -> tuple[bool, ...]:
-    """Of every port, whether its mask is causality and no more."""
-    return tuple(mask == Mask((Factor("causal"),)) for mask in masks_of(evaluator.program)[op])
+    """Of every port, whether its mask is shown to be causality and no more."""
+    block, causality = evaluator.program.blocks[op.block], Causality.of(evaluator.program)
+    return tuple(causality.alone(block, port) for port in ports_of(block))
 
 
 def settled(plan: Kv, filled: bool) -> Kv:

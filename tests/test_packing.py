@@ -8,6 +8,7 @@ from blocks import LEGAL, legal_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import Wide
+from test_causal import NOT_QUITE, Masked, behind
 from test_rows import ONE_PORT, close, plans, rows_of
 from torch import Tensor, nn
 from traced import BATCH, LENGTH, WIDTH, Case, draw, inputs
@@ -195,6 +196,18 @@ def test_token_choice_by_the_kernel(kernel: list[int]) -> None:
 def test_padding_is_a_mask_that_the_kernel_does_not_know(kernel: list[int]) -> None:
     agree(Routed("llama", "padded"))
     assert kernel == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "taken"), [("a window in a tensor", False), ("a small bias", False), ("", True)])
+def test_masks_that_are_not_shown_to_be_causality_alone(name: str, taken: bool, kernel: list[int]) -> None:
+    """At any length that is tried they look so."""
+    torch.manual_seed(0)
+    x, make = torch.randn(2, 9, 8), NOT_QUITE.get(name, lambda layer, b, t: behind(t) >= 0)
+    model = nn.Sequential(*[Masked(make, 0) for _ in range(5)])
+    module = depthc.compile(model, "mor_token", args=(x,), std=1.0).eval()
+    torch.testing.assert_close(module(x), run(module.program, (x,), {}))
+    assert bool(kernel) == taken
 
 
 @pytest.mark.slow

@@ -27,7 +27,14 @@ _ENDLESS = 1e8  # numbers above are "up to the end", or stand for minus infinity
 
 
 class Causality:
-    """What can be shown of the masks of a program."""
+    """What can be shown of the masks of a program; looked at once a program by `Causality.of`."""
+
+    @classmethod
+    def of(cls, program: Program) -> Causality:
+        """What can be shown of a program's masks."""
+        if "_causality" not in program.__dict__:
+            program.__dict__["_causality"] = cls(program)
+        return program.__dict__["_causality"]  # type: ignore[no-any-return]
 
     def __init__(self, program: Program) -> None:
         self.program, self.sites, self.choice = program, sites_of(program), Choice(program)
