@@ -84,7 +84,7 @@ class _Chooser:
                     case Select():
                         yield from self._select(f"{stack.name}: {op.write}", op)
                     case On():
-                        why = "as many rows in every batch row; packed ones by torch"
+                        why = "by positions, and back by their inverse"
                         yield self._own(f"{stack.name}: {op.tokens}", "rows", "take_rows", why)
                         for call in op.body:
                             if isinstance(call, Call):
@@ -112,7 +112,7 @@ class _Chooser:
         options = options_of(op)
         if options is None:
             return Choice(site, "combine", "torch", "the body of the merge is none of weighted, additive, delta, off")
-        return self._own(site, "combine", "combine", f"{options}; packed rows by torch")
+        return self._own(site, "combine", "combine", str(options))
 
     def _attention(self, op: Call) -> Iterator[Choice]:
         block = self.program.blocks[op.block]

@@ -47,12 +47,26 @@ class Tokens(TokenSet):
         """int32 [batch, tokens]: where each token stands among the rows, -1 if it does not."""
         return inverse_of(self.positions, self.mask.shape[1], self.valid)
 
+    @found_once
+    def packed_inverse(self) -> Tensor:
+        """int32 [1, batch * tokens]: where each token stands among packed rows, -1 if it does not."""
+        return inverse_of(self.places[None], self.mask.numel())
+
     def take(self, stream: Tensor, batch: int = 0, token: int = 1) -> Tensor:
         """See `TokenSet.take`; the gradient is no sum."""
-        fits = (batch, token) == (0, 1) and stream.shape[:2] == self.mask.shape
-        if self.everyone or not (fits and self.by_rows) or runs_on(stream):
+        if self.everyone or (batch, token) != (0, 1) or not self._moves(stream):
             return super().take(stream, batch, token)
         return take_rows(stream, self.positions, self.inverse)
+
+    def pack(self, stream: Tensor) -> Tensor:
+        """See `TokenSet.pack`; the gradient is no sum."""
+        if not self._moves(stream):
+            return super().pack(stream)
+        return take_rows(stream.flatten(0, 1)[None], self.places[None], self.packed_inverse)
+
+    def _moves(self, stream: Tensor) -> bool:
+        """Whether rows of a stream move by positions and their inverse."""
+        return self.by_rows and stream.shape[:2] == self.mask.shape and not runs_on(stream)
 
 
 class KernelEvaluator(Evaluator):
@@ -105,7 +119,8 @@ class KernelEvaluator(Evaluator):
         if given is None or options is None:
             super().merge(op, values, indices)
         else:
-            values[op.write] = self._combine(op, values)(*given, **options._asdict())
+            found = self._combine(op, values)(*given, **options._asdict())
+            values[op.write] = found.view(values[op.read].shape)  # packed rows are one batch row
         self.made[op.write] = values[op.write]
 
     def _combine(self, op: Merge, values: Mapping[str, Any]) -> Callable[..., Tensor]:
@@ -117,11 +132,14 @@ class KernelEvaluator(Evaluator):
     def _combined_of(self, op: Merge, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """The tensors that combine takes; None where it does not apply."""
         tokens, rows, stream = values[op.tokens], values[op.value], values[op.read]
-        packed = tokens.ragged and rows.shape[0] == 1
-        if "combine" not in self.kernels or not isinstance(tokens, Tokens) or packed or stream.dim() != 3:
+        if "combine" not in self.kernels or not isinstance(tokens, Tokens) or stream.dim() != 3:
             return None
-        logits = tokens.take(values[op.extra[0]]) if op.extra else None
-        given = stream, rows, logits, tokens.positions, tokens.inverse
+        if tokens.ragged and rows.shape[0] == 1:
+            stream, take = stream.flatten(0, 1)[None], tokens.pack
+            positions, inverse = tokens.places[None], tokens.packed_inverse
+        else:
+            take, positions, inverse = tokens.take, tokens.positions, tokens.inverse
+        given = stream, rows, take(values[op.extra[0]]) if op.extra else None, positions, inverse
         return None if combining.applies(*given) else given
 
     def _options(self, op: Merge) -> Options | None:

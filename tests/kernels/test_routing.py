@@ -63,7 +63,8 @@ def _routed(name: str, recipe: str, options: tuple[tuple[str, Any], ...]) -> tup
     if more.pop("masked", False):
         kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
         kwargs["attention_mask"][0, :3] = 0
-    more |= {"loops": 2, "capacities": [1.0, 0.5]} if recipe == "mor" else {"capacity": 0.5}
+    sizes = {"mor": {"loops": 2, "capacities": [1.0, 0.5]}, "mod": {"capacity": 0.5}, "mor_token": {"loops": 2}}
+    more |= sizes[recipe]
     return depthc.compile(model, recipe, args, kwargs, std=1.0, **more).to(DEVICE), {"args": args, "kwargs": kwargs}
 
 
@@ -120,6 +121,25 @@ def test_plans(kv: str, masked: bool) -> None:
     assert_same(found, step(module, given))
 
 
+@pytest.mark.parametrize(
+    ("name", "masked"), [("llama", False), ("llama", True), pytest.param("olmo2", False, marks=MORE)]
+)
+def test_tokens_that_choose_their_depth(name: str, masked: bool) -> None:
+    """Packed rows are one batch row: the same kernels move them."""
+    module, given = routed(name, "mor_token", masked=masked)
+    with ops() as seen:
+        found = step(module.train(), given)
+    assert seen["copy_rows"]
+    assert seen["combine"]
+    module.kernels = ()
+    assert_same(found, step(module, given))
+    module.eval()
+    with torch.no_grad():
+        wanted = module(*given["args"], **given["kwargs"])[0]
+        module.kernels = KERNELS
+        torch.testing.assert_close(module(*given["args"], **given["kwargs"])[0], wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{"f": "block"}, pytest.param({"f": "difference", "predictor": True}, marks=MORE)])
 def test_layers_that_choose(options: dict[str, Any]) -> None:
     module, given = routed("llama", "mod", **options)
@@ -130,17 +150,27 @@ def test_layers_that_choose(options: dict[str, Any]) -> None:
     assert_same(found, step(module, given))
 
 
+NAMES = {
+    "score": "score",
+    "select": "select_topk",
+    "rows": "copy_rows",
+    "combine": "combine",
+    "attention": "shared_attention",
+}
+
+
 @pytest.mark.parametrize(
     "kernel", ["select", *(pytest.param(kernel, marks=MORE) for kernel in KERNELS if kernel != "select")]
 )
 def test_each_can_be_turned_off(kernel: str) -> None:
     module, given = routed("llama", kv="share_first")
-    wanted = step(module.train(), given)
+    with ops() as seen:
+        wanted = step(module.train(), given)
+    assert {*NAMES.values()} <= seen.keys()
     module.kernels = {*KERNELS} - {kernel}
-    names = {"select": "select_topk", "combine": "combine", "attention": "shared_attention", "rows": "none"}
     with ops() as seen:
         found = step(module, given)
-    assert names[kernel] not in seen
+    assert NAMES[kernel] not in seen
     assert_same(found, wanted)
 
 

@@ -100,6 +100,8 @@ def copy_op(source: Tensor, places: Tensor) -> Tensor:
 
     out, D = _copied_shape(source, places), source.shape[2]
     source = source if source.stride(2) == 1 else source.contiguous()
+    if not out.numel():
+        return out
     with on(source):
         copy_kernel[(places.numel(),)](
             source, places.contiguous(), out, places.shape[1], source.stride(0), source.stride(1), D=D, **warps(D)
