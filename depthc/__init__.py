@@ -1,7 +1,7 @@
 """A compiler for the depth of transformers.
 
 `capture` turns any `nn.Module` into a depth program, `compile` rewrites its depth by a recipe and lowers it to a module
-again, `save` and `load` keep such modules, `generate` continues sequences, and `parse` reads the text that
+again, `save` and `load` keep such modules, `generate` and `Decoder` continue sequences, and `parse` reads the text that
 `print(program)` wrote.
 """
 
@@ -31,6 +31,7 @@ from depthc.ir.errors import (
 from depthc.ir.program import Program
 from depthc.ir.text.parser import parse
 from depthc.passes.recipe import Recipe
+from depthc.runtime.decode import Decoder
 from depthc.runtime.generate import generate
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "Bisection",
     "CaptureError",
     "CheckpointError",
+    "Decoder",
     "DepthError",
     "DumpError",
     "Explanation",

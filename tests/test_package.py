@@ -23,7 +23,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES: dict[str, str] = PROJECT["tool"]["setuptools"]["package-dir"]
 # Each room may import from itself and from those before it.
 ROOMS = ["depthc.ir", "depthc.passes", "depthc.codegen", "depthc.runtime", "depthc"]
-PUBLIC = """Bisection CaptureError CheckpointError DepthError DumpError Explanation IncrementalError InputError
+PUBLIC = """Bisection CaptureError CheckpointError Decoder DepthError DumpError Explanation IncrementalError InputError
 MlirError OutlineError ParseError Program Recipe RecipeError RoutingError StateDictError SubsetError TargetError
 VerifyError bisect capture compile dump explain generate load parse save""".split()
 # Whose examples need torch-mlir.

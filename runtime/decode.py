@@ -1,0 +1,253 @@
+"""Decoding with memory of a fixed size: every step runs the same ops on the same tensors, so a CUDA graph can hold it.
+
+`generate` and `program.step` grow their caches, and their shapes with them. Here caches, masks and rotary tables have
+the length of the whole sequence from the beginning, the place of the token at hand is a tensor, and keys behind it do
+not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depthc.codegen.causal import flagged
+from depthc.codegen.module import DepthModule
+from depthc.codegen.rows import RowsLowering
+from depthc.ir.axes.caches import Cached, cached_of
+from depthc.ir.axes.ports import ports_of
+from depthc.ir.errors import IncrementalError, InputError
+from depthc.ir.evaluate import indexed
+from depthc.ir.incremental import Past
+from depthc.ir.plans import Plan, plan_of, token_dim
+from depthc.ir.program import Block, Call, Kv, Merge, On, Program, Segment, Select, Stack
+from depthc.ir.rows.execution import Cache
+from depthc.ir.rows.gather import Rows
+from depthc.ir.signature import bind, unbind
+from depthc.ir.steps import Steps
+from depthc.ir.text.functions import walk
+from depthc.ir.tokens import TokenSet
+from depthc.runtime.generate import _scoring, _slots
+
+_FAR = 0.05  # relative errors of bf16 are far below
+
+Caches = dict[str, list[Cache | None]]
+
+
+class Decoder:
+    """Continues sequences, a token a step.
+
+    Args:
+        model: a compiled module or a program, without routing: how many tokens come to a layer is in the shapes.
+        prompt: int[batch, tokens]; shorter ones padded on the left, with a mask among `arguments`.
+        length: of the whole, the prompt included; no step goes beyond it.
+        argument, arguments: see `generate`.
+        compile: compile the blocks with torch.compile, each once.
+        graph: hold a step in a CUDA graph; on CUDA by default.
+
+    Attributes:
+        logits: [batch, vocabulary], those behind the last token so far. A step writes over them where a graph is held.
+        place: how many tokens there are so far.
+
+    Raises:
+        IncrementalError: the program has no incremental form, or none of fixed shapes; says why.
+        InputError: the prompt is longer than `length`, or it cannot be told which argument takes the tokens.
+
+    Example:
+        >>> decoder = Decoder(compiled, prompt, 128)  # doctest: +SKIP
+        >>> decoder.step(decoder.logits.argmax(-1, keepdim=True))  # doctest: +SKIP
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: DepthModule | Program,
+        prompt: Tensor,
+        length: int,
+        *,
+        argument: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        compile: bool = False,
+        graph: bool | None = None,
+    ) -> None:
+        self.program = flagged(_scoring(model.program if isinstance(model, DepthModule) else model))
+        self.plan, self.length, self.place = plan_of(self.program), length, prompt.shape[1]
+        _require_fixed_shapes(self.program)
+        if not 0 < self.place <= length:
+            raise InputError(
+                f"a prompt of {self.place} tokens does not fit into {length}",
+                expected=f"1 to {length} tokens",
+                found=str(self.place),
+                remedy="give a greater length",
+            )
+        others = dict(arguments or {})
+        slots = _slots(self.program, argument, others)
+        logits, past = self.program.start(**{slots.tokens: prompt}, **others)
+        self.logits = logits[:, -1]
+        masks = {name: _lengthened(others[name], length, on) for name, (_, on) in slots.masks.items()}
+        self._tokens = _lengthened(prompt, length, 0)
+        arguments = bind(self.program.signature.parameters, (), {**others, **masks, slots.tokens: self._tokens})
+        self._tensors = self.program.signature.flatten(*unbind(self.program.signature.parameters, arguments))
+        self._past, self._caches = past, Caches()
+        self._at = torch.full((1, 1), self.place - 1, device=prompt.device)
+        self._run_rows = RowsLowering(torch.compile if compile else lambda function: function)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._require_agreement()
+        if prompt.is_cuda if graph is None else graph:
+            self._hold()
+
+    @torch.no_grad()
+    def step(self, token: Tensor) -> Tensor:
+        """The logits [batch, vocabulary] behind one more token [batch, 1].
+
+        Raises:
+            InputError: the sequence is full.
+        """
+        if self.place == self.length:
+            raise InputError(
+                f"the sequence has {self.length} tokens already",
+                expected=f"at most {self.length}",
+                found=str(self.length + 1),
+                remedy="make a decoder of a greater length",
+            )
+        self._at.fill_(self.place)
+        self._tokens[:, self.place : self.place + 1] = token
+        if self._graph is None:
+            self.logits = self._advance()
+        else:
+            self._graph.replay()
+        self.place += 1
+        return self.logits
+
+    def _advance(self) -> Tensor:
+        """The step at `_at`; caches are written over."""
+        steps = FixedSteps(self.program, self.plan, self._past, self._tensors, self._caches, self._at, self.length)
+        steps.run_rows = self._run_rows
+        for item in self.plan.body:
+            steps.ops(item.ops if isinstance(item, Stack) else (item,), item.name, {})
+        return self.program.signature.unflatten(steps.values)[:, -1]  # type: ignore[no-any-return]
+
+    def _require_agreement(self) -> None:
+        """What a step makes of the prompt's last token is what the prompt did.
+
+        Tables of the whole length may not be those of the prompt's, where a model makes them of the length.
+        """
+        found = self._advance()
+        apart = (found - self.logits).norm() / self.logits.norm()
+        if not apart <= _FAR:
+            raise IncrementalError(
+                "values before the layers depend on the length of the sequence",
+                expected="the logits of the prompt",
+                found=f"others, {apart:.2g} off, at a length of {self.length}",
+                remedy="use generate, or program.step",
+            )
+
+    def _hold(self) -> None:
+        """Capture a step; those that warm up write what the prompt wrote again."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._advance()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            found = self._advance()
+        found.copy_(self.logits)
+        self.logits = found
+
+
+class FixedSteps(Steps):
+    """Evaluates one token at a place that only the device knows, with caches that have a row for every place."""
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        past: Past,
+        tensors: Mapping[str, Tensor],
+        caches: Caches,
+        place: Tensor,
+        length: int,
+    ) -> None:
+        super().__init__(program, plan, past, tensors, length)
+        self.static, self.place = caches, place
+        self.run_rows: Callable[..., Any] = RowsLowering()
+        self.every = torch.arange(length, device=place.device)[None]
+
+    def _positions(self, tokens: TokenSet | None) -> Rows:
+        return Rows(1, self.place)
+
+    def _rows_of(self, name: str, block: Block) -> Tensor:
+        value: Tensor = self.values[name]
+        return value if self.kinds[name] == "rows" else value.index_select(token_dim(block), self.place[0])
+
+    def _run(
+        self,
+        op: Segment | Call,
+        block: Block,
+        rows: list[Tensor],
+        sides: list[Any],
+        here: Rows,
+        site: str,
+        indices: Mapping[str, int],
+    ) -> tuple[Tensor, ...]:
+        ports, name = ports_of(block), self._slot(op, site, indices)
+        kept = self._kept(name, block)
+        results, written = self.run_rows(
+            block,
+            rows,
+            sides,
+            [self.evaluator.param(indexed(p, indices)) for p in op.params],
+            op.consts if isinstance(op, Call) else (),
+            positions=here.positions,
+            key_positions=self.every,
+            key_valid=self.every <= self.place,
+            kv=[Kv("read" if port.cross else "update", "cache") for port in ports],
+            caches=kept,
+            ordered=True,
+            causal=(),
+            length=self.length,
+            training=False,
+            device=self.device,
+        )
+        for port, old, new in zip(ports, kept, written, strict=True):
+            if not port.cross:
+                for own, renewed in zip(old or (), new or (), strict=True):
+                    own.copy_(renewed)
+        return results  # type: ignore[no-any-return]
+
+    def _kept(self, name: str, block: Block) -> Sequence[Cache | None]:
+        """The caches of an application with a row for every place, made of what the prompt left there."""
+        if name not in self.static:
+            ports, kept = ports_of(block), self.past.caches.get(name)
+            self.static[name] = [
+                cache if port.cross or cache is None else tuple(map(self._longer, cache, own))
+                for port, own, cache in zip(
+                    ports, cached_of(block), kept.caches if kept else (), strict=kept is not None
+                )
+            ]
+        return self.static[name]
+
+    def _longer(self, cache: Tensor, layout: Cached) -> Tensor:
+        return _lengthened(cache, self.length, 0, layout.dim)
+
+
+def _lengthened(x: Tensor, length: int, value: int, dim: int = 1) -> Tensor:
+    """A tensor with `value` behind its end, up to a length."""
+    shape = [*x.shape[:dim], length - x.shape[dim], *x.shape[dim + 1 :]]
+    return torch.cat([x, x.new_full(shape, value)], dim)
+
+
+def _require_fixed_shapes(program: Program) -> None:
+    for op, _ in walk(program.stacks):
+        routed = isinstance(op, Select | On | Merge)
+        if routed or (isinstance(op, Call) and any(plan.mode != "fresh" for plan in op.kv)):
+            raise IncrementalError(
+                "the data decide how many tokens come to a layer" if routed else "layers share their keys",
+                expected="a program without routing",
+                found=f"a {type(op).__name__.lower()}",
+                remedy="use generate, or program.step",
+            )

@@ -1,0 +1,110 @@
+"""Decoding with memory of a fixed size: every step gives the logits of the whole sequence evaluated at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import ZOO
+from architectures.base import perturb
+from compare import without_cache
+from torch import Tensor, nn
+
+import depthc
+from depthc.ir.errors import IncrementalError, InputError
+from depthc.ir.program import Program
+
+QUICK, SLOW = ("gpt2",), ("llama", "olmo2", "t5")
+THOROUGH = ("gpt_neox", "mixtral", "mistral", "bloom", "deepseek_v3", "bart")
+EXACT = {"bloom": 1e-5, "deepseek_v3": 1e-5}  # parts are fp32, in the models themselves
+
+
+def captured(name: str, **more: Tensor) -> tuple[Program, Tensor, dict[str, Any], str]:
+    """A model, its tokens, its other arguments, and the argument of the tokens."""
+    entry = ZOO[name]
+    model = perturb(entry.build()).double().eval()
+    _, kwargs = entry.example()
+    kwargs = {key: value for key, value in without_cache(model, kwargs).items() if isinstance(value, Tensor)} | more
+    argument = "decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"
+    return depthc.capture(model, kwargs=kwargs), kwargs.pop(argument), kwargs, argument
+
+
+def whole(program: Program, **arguments: Any) -> Tensor:
+    """The logits at every token."""
+    outputs = torch.utils._pytree.tree_leaves(program.run(**arguments))
+    return next(t for t in outputs if isinstance(t, Tensor) and t.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *QUICK,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in THOROUGH),
+    ],
+)
+def test_a_step_is_the_whole_sequence_at_once(name: str) -> None:
+    program, tokens, others, argument = captured(name)
+    count = tokens.shape[1]
+    decoder = depthc.Decoder(program, tokens[:, :3], count, argument=argument, arguments=others)
+    expected = whole(program, **{argument: tokens}, **others)
+    torch.testing.assert_close(decoder.logits, expected[:, 2], rtol=0, atol=EXACT.get(name, 1e-10))
+    for at in range(3, count):
+        found = decoder.step(tokens[:, at : at + 1])
+        torch.testing.assert_close(found, expected[:, at], rtol=0, atol=EXACT.get(name, 1e-10))
+    assert decoder.place == count
+
+
+@pytest.mark.slow
+def test_prompts_that_are_padded() -> None:
+    mask = torch.ones(3, 17, dtype=torch.int64)
+    mask[0, :3] = 0
+    program, tokens, others, _ = captured("llama", attention_mask=mask)
+    shorter = {"attention_mask": mask[:, :6]}
+    decoder = depthc.Decoder(program, tokens[:, :6], 17, arguments=shorter)
+    expected = whole(program, input_ids=tokens, **others)
+    for at in range(6, 17):
+        torch.testing.assert_close(decoder.step(tokens[:, at : at + 1]), expected[:, at], rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_applications_of_a_shared_block() -> None:
+    """Each has a cache of its own."""
+    model = perturb(ZOO["llama"].build()).double().eval()
+    tokens = ZOO["llama"].example()[1]["input_ids"]
+    tied = depthc.compile(model, "tie", kwargs={"input_ids": tokens}, loops=2).eval()
+    decoder = depthc.Decoder(tied, tokens[:, :4], tokens.shape[1])
+    expected = whole(tied.program, input_ids=tokens)
+    for at in range(4, tokens.shape[1]):
+        torch.testing.assert_close(decoder.step(tokens[:, at : at + 1]), expected[:, at], rtol=0, atol=1e-10)
+
+
+class Counted(nn.Module):
+    """Scales its embeddings by the length of the sequence."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeds = self.inner.get_input_embeddings()(input_ids)
+        return self.inner(inputs_embeds=embeds * input_ids.shape[1], use_cache=False).logits
+
+
+@pytest.mark.slow
+def test_what_cannot_be_decoded_so() -> None:
+    model = ZOO["llama"].build().eval()
+    tokens = ZOO["llama"].example()[1]["input_ids"]
+    program = depthc.capture(model, kwargs={"input_ids": tokens, "use_cache": False})
+    with pytest.raises(InputError, match="a prompt of 4 tokens does not fit into 3"):
+        depthc.Decoder(program, tokens[:, :4], 3)
+    full = depthc.Decoder(program, tokens[:, :4], 4)
+    with pytest.raises(InputError, match="has 4 tokens already"):
+        full.step(tokens[:, 4:5])
+    counted = depthc.capture(Counted(model).eval(), (tokens,))
+    with pytest.raises(IncrementalError, match="depend on the length"):
+        depthc.Decoder(counted, tokens[:, :4], 9)
+    routed = depthc.compile(model, "mor", kwargs={"input_ids": tokens}, loops=2).eval()
+    with pytest.raises(IncrementalError, match="how many tokens come to a layer"):
+        depthc.Decoder(routed, tokens[:, :4], 9)
