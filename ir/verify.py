@@ -18,7 +18,7 @@ from depthc.ir import sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import VerifyError
 from depthc.ir.evaluate import indexed
-from depthc.ir.params import Expr, Init, Mean, Ref, Shuffle, Svd
+from depthc.ir.params import Expr, Init, Mean, Ref, Shuffle, Svd, Tile
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.selection import read_rule
 from depthc.ir.signature import Leaf, Signature
@@ -104,6 +104,9 @@ def _check_params(program: Program) -> None:
             if isinstance(expr, Svd) and (expr.rank < 1 or expr.side not in ("left", "right")):
                 found = f"{expr.side} {expr.rank}"
                 _fail(where, "this is no SVD factor", expected="left or right, rank >= 1", found=found)
+            if isinstance(expr, Tile) and (expr.count < 1 or expr.over < 1):
+                found = f"{expr.count}, over={expr.over}"
+                _fail(where, "this is no row of copies", expected="numbers of at least 1", found=found)
             if isinstance(expr, Init) and not _is_law(expr.law):
                 _fail(where, "unknown law", expected="zeros, ones, eye or normal(std)", found=expr.law)
 
@@ -112,7 +115,7 @@ def _inner(expr: Expr | None) -> Iterable[Expr]:
     if expr is None:
         return
     yield expr
-    inner = (expr.a, expr.b) if isinstance(expr, Svd) else (expr.term,) if isinstance(expr, Shuffle) else ()
+    inner = (expr.a, expr.b) if isinstance(expr, Svd) else (expr.term,) if isinstance(expr, Shuffle | Tile) else ()
     for term in (*getattr(expr, "terms", ()), *inner):
         yield from _inner(term)
 

@@ -6,14 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from depthc.ir.cost.layers import owner_of
+from depthc.ir.liveness import read_first, writes_of
 from depthc.ir.names import Names
 from depthc.ir.params import Init, Param, drawn
-from depthc.ir.program import Call, Op, Program, Segment
+from depthc.ir.program import Call, Op, Program, Segment, Stack
 from depthc.ir.types import Type
 from depthc.passes.base import Pass, text_of
+from depthc.passes.ends import Ends
 from depthc.passes.glue import wide
-from depthc.passes.layers import layers_of, names_in, stack_of, with_stack
+from depthc.passes.layers import layers_of, names_in, stack_of, used_params, with_stack, without_unused_params
 from depthc.passes.subsets import group_of, stream_of
+from depthc.passes.widen_ends import tiled, with_wide_head, with_wide_table
 from depthc.passes.widen_glue import collapse, correct, predict, routed_correct, routed_predict, split
 
 
@@ -22,8 +26,8 @@ class Widen(Pass):
     """Widen the stream to blocks of the model's width. A layer predicts all of them, computes one, and corrects all.
 
     xhat_i = sum_j P_ij x_j; y = Layer(x_a), or Layer(xhat_a); x_i = xhat_i + g_i (y - xhat_a), a being the layer's
-    active block. Every block starts as the model's own state. P starts as the identity and g as ones: with
-    `collapse="mean"` the widened model computes what the model does, until it is trained.
+    active block. Every block starts as the model's own state. P starts as the identity and g as ones: unless
+    the blocks end as their sum, the widened model computes what the model does, until it is trained.
 
     Loops that tie made are written out: every layer has coefficients of its own.
 
@@ -34,17 +38,21 @@ class Widen(Pass):
         coefficients: "scalars", P and g themselves; "router", both from the token's state through a small router whose
             two products start at zero (Gemma 3n).
         reads: the block from which a router predicts; None: the active one (Gemma 3n).
-        collapse: what the blocks end as, "mean", or "sum" (recycled AltUp).
+        embedding: "replicated", the model's own for every block, and blocks end as their mean; "recycled", and they
+            end as their sum (Recycled-AltUp); "wide", a table and a head of M times the width, [W ... W] and
+            [W/M ... W/M] at first, found by structure. A head that is tied to the table is then the wide table / M.
         eps: of the router's norm.
         std, seed: of the router's first product, normal draws.
         stack: name or number; the last one by default.
 
     Raises:
-        RecipeError: the layers do more than pass one stream on, or an option is out of range.
+        RecipeError: the layers do more than pass one stream on, an option is out of range, or the model's embedding
+            and head cannot be made wide: there is no one table or head, the head is tied to a table in another form
+            than x @ W.T, or the states before and behind the layers are read elsewhere too.
 
     Example:
-        >>> print(Widen(blocks=2, collapse="sum"))
-        widen(collapse="sum")
+        >>> print(Widen(blocks=2, embedding="recycled"))
+        widen(embedding="recycled")
     """
 
     blocks: int = 2
@@ -52,7 +60,7 @@ class Widen(Pass):
     compute_on: str = "old"
     coefficients: str = "scalars"
     reads: int | None = 0
-    collapse: str = "mean"
+    embedding: str = "replicated"
     eps: float = 1e-6
     std: float = 0.02
     seed: int = 0
@@ -62,7 +70,7 @@ class Widen(Pass):
         self.require_whole("blocks", 2)
         self.require_one_of("compute_on", ("old", "predicted"))
         self.require_one_of("coefficients", ("scalars", "router"))
-        self.require_one_of("collapse", ("mean", "sum"))
+        self.require_one_of("embedding", ("replicated", "recycled", "wide"))
         self.require_weight("eps")
         self.require_weight("std")
         for option in ("active", "reads"):
@@ -84,13 +92,48 @@ class Widen(Pass):
         stream, names = stream_of(program, layers[0]), Names(names_in(program))
         layer = _Layer(self, stream, group_of(program, "widen"), names)
         first, last = layers[0].reads[0], layers[-1].writes[0]
-        done: list[Op] = [Segment("split", split(stream, self.blocks), (first,), layer.states)]
-        for number, call in enumerate(layers):
-            done += layer.ops(number, call)
-        done.append(Segment("collapse", collapse(stream, self.blocks, self.collapse), layer.states, (last,)))
+        done = [op for number, call in enumerate(layers) for op in layer.ops(number, call)]
         params = {name: p for number in range(len(layers)) for name, p in layer.params(number).items()}
-        widened = with_stack(program, stack, [*ops[: places[0]], *done, *ops[places[-1] + 1 :]])
-        return replace(widened, params={**program.params, **params})
+        before, after = ops[: places[0]], ops[places[-1] + 1 :]
+        if self.embedding != "wide":
+            kind = "mean" if self.embedding == "replicated" else "sum"
+            before.append(Segment("split", split(stream, self.blocks), (first,), layer.states))
+            after.insert(0, Segment("collapse", collapse(stream, self.blocks, kind), layer.states, (last,)))
+        widened = with_stack(program, stack, [*before, *done, *after])
+        widened = replace(widened, params={**program.params, **params})
+        return self._wide(program, widened, stack, (first, last), layer) if self.embedding == "wide" else widened
+
+    def _wide(self, program: Program, widened: Program, stack: Stack, ends: tuple[str, str], layer: _Layer) -> Program:
+        """The widened program with a table and a head of M times the width."""
+        (first, last), states, blocks = ends, layer.states, self.blocks
+        found = Ends(self, program, stack, 'use embedding="replicated", or "recycled", which leave it as it is')
+        head = found.head(last)
+        table = found.table(first, program.params[head.name].type.sizes({})[0])
+        tied = owner_of(program, head.name) == owner_of(program, table.name)
+        names = [f"depth.{layer.group}.{name}" for name in ("embedding", "embedding" if tied else "head")]
+        params = {names[1]: tiled(program, head.name, blocks, blocks), names[0]: tiled(program, table.name, blocks)}
+        wide = {
+            id(table.segment): with_wide_table(table, first, states, names[0], params[names[0]].type),
+            id(head.segment): with_wide_head(head, last, states, names[1], params[names[1]].type, tied),
+        }
+        body = tuple(wide.get(id(item), item) for item in widened.body)  # type: ignore[call-overload]
+        self._require_read_once(body, widened, ends)
+        made = replace(widened, body=body, params={**widened.params, **dict(reversed(params.items()))})
+        return without_unused_params(made, program.params.keys() - used_params(program))
+
+    def _require_read_once(self, body: Sequence[Segment | Stack], program: Program, ends: tuple[str, str]) -> None:
+        """Refuse a program that reads a state that is now several, not by the layers and the head."""
+        ops = [op for item in body for op in (item.ops if isinstance(item, Stack) else (item,))]
+        written = set().union(*map(writes_of, ops))
+        outputs = {name for name in program.signature.outputs if isinstance(name, str)} - written
+        left = [name for name in ends if name in (*read_first(ops), *outputs)]
+        if left:
+            raise self.refuse(
+                "a state of the model's width is read besides by the first layer and the head",
+                expected="the embedding for the first layer alone, and what the layers end in for the head alone",
+                found=", ".join(left),
+                remedy='use embedding="replicated", which makes one state of the blocks',
+            )
 
     def _require_one_stream(self, program: Program, ops: Sequence[Op], layers: Sequence[Call]) -> None:
         """Refuse layers between which more flows than one state of [batch, tokens, features]."""
