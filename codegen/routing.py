@@ -114,7 +114,8 @@ class KernelEvaluator(Evaluator):
         """The tensors that combine takes; None where it does not apply."""
         tokens, rows, stream = values[op.tokens], values[op.value], values[op.read]
         packed = tokens.ragged and rows.shape[0] == 1
-        if "combine" not in self.kernels or not isinstance(tokens, Tokens) or packed or stream.dim() != 3:
+        apart = packed or op.over is not None or stream.dim() != 3
+        if "combine" not in self.kernels or not isinstance(tokens, Tokens) or apart:
             return None
         logits = tokens.take(values[op.extra[0]]) if op.extra else None
         given = stream, rows, logits, tokens.positions, tokens.inverse

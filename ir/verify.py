@@ -384,6 +384,8 @@ def _merge(op: Merge, place: _Place) -> None:
         place.fail(f"{op.value!r} does not hold the rows of {op.tokens!r}", expected=expected, found=op.value)
     for name in op.extra:
         place.plain(name)
+    if op.over is not None:
+        place.tokens(op.over)
     if op.combine is not None:
         check_body(op.combine, place.where)
         place.count("values", len(op.combine.inputs_of("value")), 2 + len(op.extra))

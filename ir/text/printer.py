@@ -177,6 +177,7 @@ class _Printer:
             parts.append([f"combine={function.label}"])
             parts += [["extra=", *_tuple(op.extra)]] if op.extra else []
             parts += _weights(function.slots, op.params)
+        parts += [["over=", words("value", op.over)]] if op.over is not None else []
         return line(*_targets([op.write]), "merge(", *joined(parts), ")")
 
     def _apply(
