@@ -1,4 +1,4 @@
-"""stride: inner layers on every q-th token, whose news go to the tokens behind it (Sequence-AltUp, arXiv 2301.13310)."""
+"""stride: layers on every q-th token, whose news go to the tokens behind it (Sequence-AltUp, arXiv 2301.13310)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from depthc.ir.body import Body
 from depthc.ir.masks.documents import documents_of
 from depthc.ir.masks.masks import masks_of
 from depthc.ir.names import Names
@@ -73,13 +72,12 @@ class Stride(Pass):
         chosen = [layers[n] for n in numbers]
         build = _Layer(self, group_of(program, "stride"), names)
         anchors = build.anchors(plain, layers[0], chosen)
-        params = dict(program.params)
-        for number in reversed(numbers):
-            stream = stream_of(program, layers[number])
+        streams = {number: stream_of(program, layers[number]) for number in numbers}
+        for number, stream in reversed(streams.items()):
             ops[places[number] : places[number] + 1] = build.ops(number, layers[number], stream)
-            params |= build.params(number, stream)
         ops[places[0] : places[0]] = anchors
-        return replace(with_stack(program, stack, ops), params=params)
+        params = {name: p for number, stream in streams.items() for name, p in build.params(number, stream).items()}
+        return replace(with_stack(program, stack, ops), params={**program.params, **params})
 
     def _numbers(self, count: int) -> list[int]:
         """The layers that run on anchors."""

@@ -179,6 +179,7 @@ def test_an_error_names_the_layer_and_the_iteration(program: Program) -> None:
         ({"params": ()}, "number of parameters"),
         ({"extra": ("y",)}, "'y' is read as a tensor"),
         ({"tokens": "h"}, "'h' is read as a token set"),
+        ({"over": "h"}, "'h' is read as a token set"),
     ],
 )
 def test_broken_merges(program: Program, change: dict[str, Any], what: str) -> None:
