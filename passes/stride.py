@@ -10,13 +10,13 @@ from depthc.ir.masks.documents import documents_of
 from depthc.ir.masks.masks import masks_of
 from depthc.ir.names import Names
 from depthc.ir.params import Init, Param
-from depthc.ir.program import Call, Op, Program, Segment, Select
+from depthc.ir.program import Call, Merge, Op, Program, Segment, Select
 from depthc.ir.types import Type
 from depthc.passes.base import Pass, text_of
 from depthc.passes.glue import wide
 from depthc.passes.layers import layers_of, names_in, stack_of, with_stack
 from depthc.passes.stride_glue import correct, is_anchor, predict
-from depthc.passes.subsets import candidates_of, group_of, on_chosen, require_subsets, stream_of
+from depthc.passes.subsets import candidates_of, group_of, region_of, require_subsets, stream_of
 
 SCALARS = {"a1": "ones", "a2": "zeros", "b": "ones"}
 
@@ -136,9 +136,9 @@ class _Layer:
         if self.one.compute_on == "predicted":
             yield Segment("predict", predict(stream), (h,), (self.predicted,), (f"{at}.a1", f"{at}.a2"))
             call = replace(call, reads=(self.predicted, *call.reads[1:]))
-        *region, merge = on_chosen(call, stream, self.chosen, self.y, self.names, correct(stream), (h,))
-        yield from region
-        yield replace(merge, read=h, params=tuple(f"{at}.{name}" for name in SCALARS), over=self.real)
+        yield from region_of(call, stream, self.chosen, self.y, self.names)
+        scalars = tuple(f"{at}.{name}" for name in SCALARS)
+        yield Merge(call.writes[0], h, self.y, self.chosen, correct(stream), (h,), scalars, over=self.real)
 
     def params(self, number: int, stream: Type) -> dict[str, Param]:
         """a1, a2 and b of a layer."""
