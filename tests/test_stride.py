@@ -103,11 +103,13 @@ def test_encoders(kind: str, rows: str) -> None:
     agree(kind, rows, every=3)
 
 
-@pytest.mark.parametrize("kind", ["llama", pytest.param("hybrid", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "hybrid"])
 def test_anchors_begin_anew_with_every_document(kind: str) -> None:
     agree(kind, "packed", every=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["full", "padded", "packed"])
 def test_anchors(rows: str) -> None:
     """The set of the program is the oracle's."""
@@ -130,7 +132,8 @@ def tapped(program: Program, inputs: Any, **taps: dict[str, str]) -> dict[str, A
     return lower(with_stack(program, stack, [*before, *stack.ops, *after])).eval().forward_with_aux(**inputs)[1].taps
 
 
-@pytest.mark.parametrize("kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", oracles.KINDS)
 def test_stride_one_is_the_model(kind: str) -> None:
     model, _, inputs = captured(kind, "padded")
     with Wide():
@@ -140,6 +143,7 @@ def test_stride_one_is_the_model(kind: str) -> None:
     assert (two - expected)[ROWS["padded"]].abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_padding_stays_as_it_is() -> None:
     """Of a stack without its outer layers: what comes in at padded tokens goes out."""
@@ -166,6 +170,7 @@ def test_rows_that_reach_every_product(every: int) -> None:
         assert seen[name] == [18, *[2 * -(-9 // every)] * 6, 18], name
 
 
+@pytest.mark.slow
 def test_rows_of_padded_tokens_are_not_computed() -> None:
     module, (model, _, inputs) = strided("llama", "padded", every=2), captured("llama", "padded")
     with Wide():
@@ -192,6 +197,7 @@ def test_step_by_step(kind: str, rows: str) -> None:
     assert (parts - theirs)[ROWS[rows]].abs().max() < FORWARD
 
 
+@pytest.mark.slow
 def test_packed_rows_step_by_step() -> None:
     module, (_, _, inputs) = strided("llama", "packed", every=2), captured("llama", "packed")
     with Wide(), torch.no_grad():
@@ -232,6 +238,7 @@ def test_a_later_token_changes_nothing_before_it() -> None:
     assert (found[:, -1] - other[:, -1]).abs().max() > 1e-6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_documents_are_those_documents_alone() -> None:
     module, (_, _, inputs) = strided("llama", "packed", every=2), captured("llama", "packed")

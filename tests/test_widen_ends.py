@@ -107,7 +107,8 @@ def test_of_two_tables_that_arguments_index_it_is_that_with_a_row_a_logit() -> N
     assert "positions.weight" in dict(compiled.named_parameters())
 
 
-@pytest.mark.parametrize("kind", ["llama", pytest.param("encoder_decoder", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "encoder_decoder"])
 def test_state_map_and_weights_of_the_original(kind: str) -> None:
     """The map names the weights that the wide ones are made of, and takes another checkpoint of the same model."""
     _, program, inputs = captured(kind, "full")
@@ -189,6 +190,7 @@ def test_refused(name: str) -> None:
     assert depthc.compile(seeded(build), "altup", args=(ids(),))  # as the remedy says
 
 
+@pytest.mark.slow
 def test_an_encoder_has_no_head() -> None:
     with pytest.raises(RecipeError, match="no head by which all goes"):
         run_recipe(captured("relative_encoder", "full")[1], WIDE)
