@@ -162,11 +162,37 @@ class Kept(Ended):
         return self.other(x + start)
 
 
+class Scaled(Ended):
+    """The table is read twice."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.table(ids) / self.table.weight.std()
+
+
+class Gated(Ended):
+    """Something else is made of the embedding."""
+
+    def forward(self, ids: Tensor) -> Any:
+        start = self.table(ids)
+        x, gate = start * 2, start.tanh()
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.other(x * gate)
+
+
+def with_another_use(m: Ended, x: Tensor) -> Tensor:
+    weight = m.table.weight.T
+    return x @ weight + weight.sum(0)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no table": (lambda: Looked(HEADS["own"]), "no table can be the one"),
     "two tables": (lambda: Doubled(HEADS["own"], positions=13), "several tables can be the one"),
-    "embedding read twice": (lambda: Kept(HEADS["own"]), "read besides|more than the first layer"),
+    "embedding read twice": (lambda: Kept(HEADS["own"]), "read besides by the first layer"),
     "nothing behind": (lambda: Ended(lambda m, x: x), "no part of the model is behind"),
+    "a table read twice": (lambda: Scaled(HEADS["own"]), "more than the first layer"),
+    "a gate of the embedding": (lambda: Gated(HEADS["own"]), "more than the first layer"),
+    "a tied head with another use of its transposition": (lambda: Ended(with_another_use), "is no weight"),
     "no head": (lambda: Ended(lambda m, x: m.norm(x)), "no head by which all goes"),
     "states returned": (lambda: Ended(lambda m, x: (m.other(x), m.norm(x))), "no head by which all goes"),
     "a tied head made of the table": (
