@@ -6,18 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from depthc.ir.cost.layers import owner_of
-from depthc.ir.liveness import read_first, writes_of
 from depthc.ir.names import Names
 from depthc.ir.params import Init, Param, drawn
-from depthc.ir.program import Call, Op, Program, Segment, Stack
+from depthc.ir.program import Call, Op, Program, Segment
 from depthc.ir.types import Type
 from depthc.passes.base import Pass, text_of
 from depthc.passes.ends import Ends
 from depthc.passes.glue import wide
-from depthc.passes.layers import layers_of, names_in, stack_of, used_params, with_stack, without_unused_params
+from depthc.passes.layers import layers_of, names_in, stack_of, with_stack
 from depthc.passes.subsets import group_of, stream_of
-from depthc.passes.widen_ends import tiled, with_wide_head, with_wide_table
+from depthc.passes.widen_ends import with_wide_ends
 from depthc.passes.widen_glue import collapse, correct, predict, routed_correct, routed_predict, split
 
 
@@ -101,39 +99,10 @@ class Widen(Pass):
             after.insert(0, Segment("collapse", collapse(stream, self.blocks, kind), layer.states, (last,)))
         widened = with_stack(program, stack, [*before, *done, *after])
         widened = replace(widened, params={**program.params, **params})
-        return self._wide(program, widened, stack, (first, last), layer) if self.embedding == "wide" else widened
-
-    def _wide(self, program: Program, widened: Program, stack: Stack, ends: tuple[str, str], layer: _Layer) -> Program:
-        """The widened program with a table and a head of M times the width."""
-        (first, last), states, blocks = ends, layer.states, self.blocks
-        found = Ends(self, program, stack, 'use embedding="replicated", or "recycled", which leave it as it is')
-        head = found.head(last)
-        table = found.table(first, program.params[head.name].type.sizes({})[0])
-        tied = owner_of(program, head.name) == owner_of(program, table.name)
-        names = [f"depth.{layer.group}.{name}" for name in ("embedding", "embedding" if tied else "head")]
-        params = {names[1]: tiled(program, head.name, blocks, blocks), names[0]: tiled(program, table.name, blocks)}
-        wide = {
-            id(table.segment): with_wide_table(table, first, states, names[0], params[names[0]].type),
-            id(head.segment): with_wide_head(head, last, states, names[1], params[names[1]].type, tied),
-        }
-        body = tuple(wide.get(id(item), item) for item in widened.body)  # type: ignore[call-overload]
-        self._require_read_once(body, widened, ends)
-        made = replace(widened, body=body, params={**widened.params, **dict(reversed(params.items()))})
-        return without_unused_params(made, program.params.keys() - used_params(program))
-
-    def _require_read_once(self, body: Sequence[Segment | Stack], program: Program, ends: tuple[str, str]) -> None:
-        """Refuse a program that reads a state that is now several, not by the layers and the head."""
-        ops = [op for item in body for op in (item.ops if isinstance(item, Stack) else (item,))]
-        written = set().union(*map(writes_of, ops))
-        outputs = {name for name in program.signature.outputs if isinstance(name, str)} - written
-        left = [name for name in ends if name in (*read_first(ops), *outputs)]
-        if left:
-            raise self.refuse(
-                "a state of the model's width is read besides by the first layer and the head",
-                expected="the embedding for the first layer alone, and what the layers end in for the head alone",
-                found=", ".join(left),
-                remedy='use embedding="replicated", which makes one state of the blocks',
-            )
+        if self.embedding != "wide":
+            return widened
+        ends = Ends(self, program, stack, 'use embedding="replicated", or "recycled", which leave it as it is')
+        return with_wide_ends(ends, widened, (first, last), layer.states, layer.group)
 
     def _require_one_stream(self, program: Program, ops: Sequence[Op], layers: Sequence[Call]) -> None:
         """Refuse layers between which more flows than one state of [batch, tokens, features]."""

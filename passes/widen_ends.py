@@ -11,22 +11,67 @@ from dataclasses import replace
 from torch import fx
 
 from depthc.ir.body import Body, Input
+from depthc.ir.cost.layers import owner_of
+from depthc.ir.liveness import read_first, writes_of
 from depthc.ir.params import Param, Ref, Tile
-from depthc.ir.program import Program, Segment
+from depthc.ir.program import Program, Segment, Stack
 from depthc.ir.types import Type
-from depthc.passes.ends import End
+from depthc.passes.ends import End, Ends
 from depthc.passes.glue import aten
+from depthc.passes.layers import used_params, without_unused_params
 
 
-def tiled(program: Program, name: str, blocks: int, over: int = 1) -> Param:
+def with_wide_ends(
+    ends: Ends, widened: Program, stream: tuple[str, str], states: tuple[str, ...], group: str
+) -> Program:
+    """The program `widened`, whose layers begin and end with `states` in place of `stream`, with wide ends.
+
+    Raises:
+        RecipeError: the ends cannot be found, or the stream is read by others, too.
+    """
+    (first, last), program, blocks = stream, ends.program, len(states)
+    head = ends.head(last)
+    table = ends.table(first, program.params[head.name].type.sizes({})[0])
+    params = {f"depth.{group}.embedding": _tiled(program, table, blocks)}
+    tied = owner_of(program, head.name) == owner_of(program, table.name)
+    if not tied:
+        params[f"depth.{group}.head"] = _tiled(program, head, blocks, blocks)
+    names = next(iter(params)), next(reversed(params))
+    parts = {
+        table.segment.name: _with_wide_table(table, first, states, names[0], params[names[0]].type),
+        head.segment.name: _with_wide_head(head, last, states, names[1], params[names[1]].type, tied),
+    }
+    body = tuple(parts.get(item.name, item) for item in widened.body)
+    made = replace(widened, body=body, params={**widened.params, **params})
+    _require_read_once(ends, made, stream)
+    return without_unused_params(made, program.params.keys() - used_params(program))
+
+
+def _require_read_once(ends: Ends, made: Program, stream: tuple[str, str]) -> None:
+    """Refuse a program that goes on to read a state of the stream, of which there are now several."""
+    ops = [op for item in made.body for op in (item.ops if isinstance(item, Stack) else (item,))]
+    written = set().union(*map(writes_of, ops))
+    outputs = {name for name in made.signature.outputs if isinstance(name, str)} - written
+    left = [name for name in stream if name in (*read_first(ops), *outputs)]
+    if left:
+        raise ends.one.refuse(
+            "a state of the model's width is read besides by the first layer and the head",
+            where=ends.stack.name,
+            expected="the embedding for the first layer alone, and what the layers end in for the head alone",
+            found=", ".join(left),
+            remedy=ends.remedy,
+        )
+
+
+def _tiled(program: Program, end: End, blocks: int, over: int = 1) -> Param:
     """A weight [rows, D] `blocks` times side by side: [rows, M D]."""
-    narrow = program.params[name]
+    narrow = program.params[end.name]
     rows, width = narrow.type.sizes({})
     type = Type(narrow.type.dtype, (rows, blocks * width))
-    return Param(type, narrow.kind, Tile(narrow.expr or Ref(name), blocks, over))
+    return Param(type, narrow.kind, Tile(narrow.expr or Ref(end.name), blocks, over))
 
 
-def with_wide_table(end: End, first: str, states: tuple[str, ...], name: str, type: Type) -> Segment:
+def _with_wide_table(end: End, first: str, states: tuple[str, ...], name: str, type: Type) -> Segment:
     """The part before the layers: of the table, block i has the columns i D to (i + 1) D."""
     copy = _Copy(end, len(states))
     for node in end.segment.body.placeholders:
@@ -41,7 +86,7 @@ def with_wide_table(end: End, first: str, states: tuple[str, ...], name: str, ty
     return replace(made, writes=_put(made.writes, first, states))
 
 
-def with_wide_head(end: End, last: str, states: tuple[str, ...], name: str, type: Type, tied: bool) -> Segment:
+def _with_wide_head(end: End, last: str, states: tuple[str, ...], name: str, type: Type, tied: bool) -> Segment:
     """The part behind the layers: all blocks, normed each by itself, side by side, times [W/M ... W/M].
 
     A tied head is the wide table, and the blocks are divided by M.
