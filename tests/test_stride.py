@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from itertools import pairwise
 from typing import Any
 
 import oracles
@@ -198,15 +199,16 @@ def test_step_by_step(kind: str, rows: str) -> None:
 
 
 @pytest.mark.slow
-def test_packed_rows_step_by_step() -> None:
+@pytest.mark.parametrize("ends", [(4, 5, 6, 7, 8, 9), (4, 6, 9), (2, 8, 9)])
+def test_packed_rows_in_steps_of_any_size(ends: tuple[int, ...]) -> None:
     module, (_, _, inputs) = strided("llama", "packed", every=2), captured("llama", "packed")
     with Wide(), torch.no_grad():
         whole = logits_of(module(**inputs))
         tokens = ("input_ids", "position_ids")
-        out, past = module.program.start(**{n: inputs[n][:, :4] for n in tokens})
+        out, past = module.program.start(**{n: inputs[n][:, : ends[0]] for n in tokens})
         parts = [logits_of(out)]
-        for t in range(4, 9):
-            out, past = module.program.step(past, **{n: inputs[n][:, t : t + 1] for n in tokens})
+        for begin, end in pairwise(ends):
+            out, past = module.program.step(past, **{n: inputs[n][:, begin:end] for n in tokens})
             parts.append(logits_of(out))
     assert (torch.cat(parts, 1) - whole).abs().max() < FORWARD
 
