@@ -110,6 +110,8 @@ class _Chooser:
 
     def _merge(self, site: str, op: Merge) -> Choice:
         options = options_of(op)
+        if op.over is not None:
+            return Choice(site, "combine", "torch", f"rows go to other tokens, those of {op.over}")
         if options is None:
             return Choice(site, "combine", "torch", "the body of the merge is none of weighted, additive, delta, off")
         return self._own(site, "combine", "combine", str(options))

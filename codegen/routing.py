@@ -132,7 +132,8 @@ class KernelEvaluator(Evaluator):
     def _combined_of(self, op: Merge, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """The tensors that combine takes; None where it does not apply."""
         tokens, rows, stream = values[op.tokens], values[op.value], values[op.read]
-        if "combine" not in self.kernels or not isinstance(tokens, Tokens) or stream.dim() != 3:
+        apart = op.over is not None or stream.dim() != 3
+        if "combine" not in self.kernels or not isinstance(tokens, Tokens) or apart:
             return None
         if tokens.ragged and rows.shape[0] == 1:
             stream, take = stream.flatten(0, 1)[None], tokens.pack

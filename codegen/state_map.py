@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from depthc.ir.cost.layers import owner_of
-from depthc.ir.params import Expr, Mean, Ref, Shuffle, Svd
+from depthc.ir.params import Expr, Mean, Ref, Shuffle, Svd, Tile
 from depthc.ir.program import Program
 from depthc.ir.text.printer import expr_text
 from depthc.ir.types import DTYPE_NAMES
@@ -79,5 +79,5 @@ def sources(expr: Expr) -> Iterator[str]:
                 yield from sources(term)
         case Svd(a=a, b=b):
             yield from (*sources(a), *sources(b))
-        case Shuffle(term=term):
+        case Shuffle(term=term) | Tile(term=term):
             yield from sources(term)

@@ -155,11 +155,12 @@ class Evaluator:
 
     def merge(self, op: Merge, values: dict[str, Any], indices: Mapping[str, int]) -> None:
         """Write rows back into a stream."""
-        combine = partial(self._combined, op, indices) if op.combine is not None else None
+        combine = partial(self.combined, op, indices) if op.combine is not None else None
         extra = [values[name] for name in op.extra]
-        values[op.write] = values[op.tokens].merge(values[op.read], values[op.value], combine, extra)
+        over = values[op.over] if op.over is not None else None
+        values[op.write] = values[op.tokens].merge(values[op.read], values[op.value], combine, extra, over)
 
-    def _combined(self, op: Merge, indices: Mapping[str, int], *rows: Tensor) -> Tensor:
+    def combined(self, op: Merge, indices: Mapping[str, int], *rows: Tensor) -> Tensor:
         assert op.combine is not None
         params = [self.param(indexed(name, indices)) for name in op.params]
         (new,) = self.run_body(op.combine, op.combine.arrange(rows, params, training=self.training, device=self.device))

@@ -73,7 +73,7 @@ def reads_of(op: Op) -> set[str]:
         case Select():
             return set(op.reads)
         case Merge():
-            return {op.read, op.value, op.tokens, *op.extra}
+            return {op.read, op.value, op.tokens, *op.extra, *filter(None, (op.over,))}
         case Tap():
             return {op.read}
     until = {op.until} if op.until else set()

@@ -100,7 +100,20 @@ class Shuffle:
         return tensor.flatten()[order].view(tensor.shape)
 
 
-Expr = Ref | Mean | Svd | Init | Shuffle
+@dataclass(frozen=True)
+class Tile:
+    """A matrix several times side by side, each divided by a number: [W / over, ..., W / over]."""
+
+    term: Expr
+    count: int
+    over: int = 1
+
+    def evaluate(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """[rows, count * columns] in the dtype of the term; a new tensor."""
+        return self.term.evaluate(weights).detach().repeat(1, self.count) / self.over
+
+
+Expr = Ref | Mean | Svd | Init | Shuffle | Tile
 ParamKind = Literal["parameter", "frozen", "buffer", "constant"]
 
 

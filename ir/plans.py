@@ -18,7 +18,7 @@ from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.body import Body
 from depthc.ir.errors import IncrementalError, SubsetError
-from depthc.ir.liveness import without_taps
+from depthc.ir.liveness import reads_of, without_taps
 from depthc.ir.masks.masks import masks_of
 from depthc.ir.program import Block, Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, calls
 from depthc.ir.selection import POINTWISE
@@ -122,7 +122,7 @@ def _add_kinds(program: Program, ops: Sequence[Op | Segment], kinds: dict[str, K
             case Select() | Merge():
                 found = kinds_of(op, kinds)
                 if not is_fixed(found):
-                    _require_causal_rule(op)
+                    _require_causal_rule(op, found[op.write])
                 kinds.update(found)
             case Segment() | Call():
                 found = kinds_of(op, kinds)
@@ -138,7 +138,7 @@ def kinds_of(op: Op, kinds: Mapping[str, Kind]) -> dict[str, Kind]:
             read = [kinds[name] for name in (op.score, op.judge, op.among, op.within) if name is not None]
             return {op.write: max(read, key=_ORDER.index)}
         case Merge():
-            fixed = all(kinds[name] == "fixed" for name in (op.read, op.value, op.tokens, *op.extra))
+            fixed = all(kinds[name] == "fixed" for name in reads_of(op))
             return {op.write: "fixed" if fixed else "rows"}
         case On():
             inner = {name: kinds[name] for name in op.reads}
@@ -155,10 +155,11 @@ def is_fixed(found: Mapping[str, Kind]) -> bool:
     return set(found.values()) <= {"fixed"}
 
 
-def _require_causal_rule(op: Select | Merge) -> None:
+def _require_causal_rule(op: Select | Merge, kind: Kind) -> None:
     rule = (op.inference or op.rule) if isinstance(op, Select) else "all"
     name = rule.partition("(")[0]
-    if name not in POINTWISE:
+    counts = name == "stride" and kind == "full"  # positions are those of the whole sequence
+    if name not in POINTWISE and not counts:
         raise IncrementalError(
             f"the rule {rule!r} compares tokens with later ones",
             expected="a rule that judges every token by itself: " + ", ".join(POINTWISE),

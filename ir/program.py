@@ -148,7 +148,9 @@ class Merge:
     """`write = read`, with the rows of `tokens` replaced by those of `value`.
 
     `combine` (values: old rows, new rows, then `extra` gathered; one result) says what to put there; without it the
-    new rows are put there as they are.
+    new rows are put there as they are. With `over`, another set, rows are not for the tokens of `tokens` alone: every
+    token of `over` takes the row, and the rows of `extra`, of the last token of `tokens` that is not behind it. Tokens
+    before the first one keep the old row.
     """
 
     write: str
@@ -158,6 +160,7 @@ class Merge:
     combine: Body | None = None
     extra: tuple[str, ...] = ()
     params: tuple[str, ...] = ()
+    over: str | None = None
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,8 @@ def choose(
     """The set that a rule with its number makes; no look at the data decides how it is computed."""
     if name == "stride":
         places = torch.arange(among.mask.shape[1], device=among.mask.device)
-        return TokenSet(among.mask & (places % int(number) == 0))
+        count = -(-len(places) // int(number)) if among.everyone else None
+        return TokenSet(among.mask & (places % int(number) == 0), count=count)
     if not reads_score(name, number):
         return among
     assert score is not None, "verify asks for a score"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from depthc.ir.axes.caches import Cached, cached_of
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import IncrementalError
 from depthc.ir.evaluate import Evaluator, WeightParams, as_data, indexed, precision
+from depthc.ir.liveness import reads_of
 from depthc.ir.plans import Kind, Plan, as_block, is_fixed, kinds_of, token_dim
 from depthc.ir.program import Block, Call, Kv, Loop, Merge, On, Op, Program, Segment, Select
 from depthc.ir.regions import settled
@@ -21,7 +23,7 @@ from depthc.ir.rows.execution import Cache
 from depthc.ir.rows.gather import Rows
 from depthc.ir.rows.run import run_rows
 from depthc.ir.signature import device_of
-from depthc.ir.tokens import TokenSet
+from depthc.ir.tokens import Held, TokenSet
 
 if TYPE_CHECKING:
     from depthc.ir.incremental import Past
@@ -65,7 +67,7 @@ class Steps:
                 case On():
                     self.on(op, f"{site}.{number}", indices)
                 case Merge():
-                    self.merge(op, indices)
+                    self.merge(op, f"{site}.{number}", indices)
                 case Segment() | Call():
                     self.apply(op, f"{site}.{number}", indices)
 
@@ -202,13 +204,26 @@ class Steps:
         self.values.update({n: inside[n] for n in op.writes})
         self.kinds.update(dict.fromkeys(op.writes, "rows"))
 
-    def merge(self, op: Merge, indices: Mapping[str, int]) -> None:
+    def merge(self, op: Merge, site: str, indices: Mapping[str, int]) -> None:
         """Write rows of new tokens back into the rows of all new tokens."""
-        names = (op.read, *op.extra)
-        values = self.values | {n: self._new(n) for n in (*names, op.tokens)}
-        self.evaluator.merge(op, values, indices)
+        values = self.values | {n: self._new(n) for n in sorted(reads_of(op) - {op.value})}
+        if op.over is None:
+            self.evaluator.merge(op, values, indices)
+        else:
+            values[op.write] = self._spread(op, values, site, indices)
         self.values[op.write] = values[op.write]
         self.kinds[op.write] = "rows"
+
+    def _spread(self, op: Merge, values: Mapping[str, Any], site: str, indices: Mapping[str, int]) -> Tensor:
+        """Rows of new tokens, or of the last one before them, for all new tokens up to the next one."""
+        kept, held = self.past.caches.get(site), None
+        if kept is not None and kept.keys.valid is not None:
+            held = Held(kept.caches[0] or (), kept.keys.valid)
+        combine = partial(self.evaluator.combined, op, indices) if op.combine is not None else None
+        extra, over = [values[name] for name in op.extra], values[op.over or ""]
+        made, held = values[op.tokens].spread(values[op.read], values[op.value], over, combine, extra, held)
+        self.caches[site] = Kept((held.values,), Rows(1, valid=held.valid))
+        return made
 
     def _new(self, name: str) -> Any:
         """A value, or a token set, of the new tokens."""

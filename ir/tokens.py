@@ -22,6 +22,15 @@ def found_once(find: Callable[[Any], Any]) -> property:
 
 
 @dataclass(frozen=True, eq=False)
+class Held:
+    """Of the last member of a set among the tokens so far: its rows of some streams, each [batch, 1, ...], and whether
+    there is one, bool [batch, 1]."""
+
+    values: tuple[Tensor, ...]
+    valid: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class TokenSet:
     """A set of tokens in every batch row; rows may hold different numbers of tokens.
 
@@ -112,12 +121,53 @@ class TokenSet:
         rows: Tensor,
         combine: Callable[..., Tensor] | None = None,
         extra: Sequence[Tensor] = (),
+        over: TokenSet | None = None,
     ) -> Tensor:
         """The stream with the set's rows replaced: by new ones, or by what `combine` makes of the old, the new and the
-        rows of `extra`."""
+        rows of `extra`. With `over` the rows of all its tokens, see `spread`."""
+        if over is not None:
+            return self.spread(stream, rows, over, combine, extra)[0]
         packed = self.ragged and rows.shape[0] == 1  # a batch of one, as a region makes of a ragged set
         take, put = (self.pack, self.unpack) if packed else (self.take, self.put)
         return put(stream, rows if combine is None else combine(take(stream), rows, *map(take, extra)))
+
+    @found_once
+    def last(self) -> Tensor:
+        """[batch, tokens]: the last member that is not behind a token; -1 before the first one."""
+        places = torch.arange(self.mask.shape[1], device=self.mask.device)
+        return torch.where(self.mask, places, -1).cummax(1).values
+
+    def spread(
+        self,
+        stream: Tensor,
+        rows: Tensor,
+        over: TokenSet,
+        combine: Callable[..., Tensor] | None = None,
+        extra: Sequence[Tensor] = (),
+        held: Held | None = None,
+    ) -> tuple[Tensor, Held]:
+        """The stream with the rows of `over` replaced, by what `merge` makes of the rows of the last member that is not
+        behind a token; and what tokens behind these need to go on, which is `held` of those before.
+
+        Example:
+            >>> members, everyone = (TokenSet(torch.tensor([mask]) > 0) for mask in ([0, 1, 0, 1], [1, 1, 1, 0]))
+            >>> stream = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+            >>> members.spread(stream, members.take(stream) * 10, everyone)[0].tolist()
+            [[1.0, 20.0, 20.0, 4.0]]
+        """
+        values, members = [self.merge(stream, rows), *extra], self
+        if held is not None:
+            members = TokenSet(torch.cat([held.valid, self.mask], 1))
+            values = [torch.cat([before, value], 1) for before, value in zip(held.values, values, strict=True)]
+        batch = torch.arange(self.mask.shape[0], device=stream.device)[:, None]
+        at = members.last
+        values = [value[batch, at.clamp(min=0)] for value in values]
+        new, *others = (value[:, at.shape[1] - stream.shape[1] :] for value in values)
+        made = new if combine is None else combine(stream, new, *others)
+        reached = over.mask & (at[:, at.shape[1] - stream.shape[1] :] >= 0)
+        shape = (*reached.shape, *(1,) * (stream.dim() - 2))
+        now = Held(tuple(value[:, -1:] for value in values), at[:, -1:] >= 0)
+        return torch.where(reached.view(shape), made.to(stream.dtype), stream), now
 
     def among(self, start: int) -> TokenSet:
         """The same set of the tokens from `start` on alone."""

@@ -18,7 +18,6 @@ from depthc.ir import sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import VerifyError
 from depthc.ir.evaluate import indexed
-from depthc.ir.params import Expr, Init, Mean, Ref, Shuffle, Svd
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.selection import read_rule
 from depthc.ir.signature import Leaf, Signature
@@ -26,10 +25,10 @@ from depthc.ir.text.functions import walk
 from depthc.ir.text.syntax import is_identifier
 from depthc.ir.types import Type
 from depthc.ir.verify_body import check_body
+from depthc.ir.verify_params import check_params
 
 _MOST_ITERATIONS = 256  # of a loop that are looked at
 _UNKNOWN_COUNT = 2  # where the count is not static
-_KINDS = ("parameter", "frozen", "buffer", "constant")
 
 
 def verify(program: Program) -> None:
@@ -39,7 +38,7 @@ def verify(program: Program) -> None:
         VerifyError: the first rule that is broken, and where.
     """
     _check_signature(program.signature)
-    _check_params(program)
+    check_params(program)
     _check_names(program)
     for block in program.blocks.values():
         carries, values, results = block.carries, block.body.inputs_of("value"), block.body.results
@@ -87,38 +86,6 @@ def _check_signature(signature: Signature) -> None:
     for leaf in signature.outputs:
         if isinstance(leaf, Leaf) and leaf.type is not None:
             _fail(where, "an output leaf has a type", expected="the name of a value, or a fixed value", found=str(leaf))
-
-
-def _check_params(program: Program) -> None:
-    for name, param in program.params.items():
-        where = f"parameter {name!r}"
-        if param.kind not in _KINDS:
-            _fail(where, "unknown kind of parameter", expected=", ".join(_KINDS), found=param.kind)
-        if not isinstance(param.type, Type) or param.type.size_names():
-            _fail(where, "a parameter has a size that is not a number", expected="integers", found=str(param.type))
-        for expr in _inner(param.expr):
-            if isinstance(expr, Ref) and program.weights and expr.name not in program.weights:
-                _fail(where, f"there is no weight {expr.name!r}", expected="a name among the weights", found=expr.name)
-            if isinstance(expr, Mean) and not expr.terms:
-                _fail(where, "the mean of nothing", expected="at least one term", found="mean()")
-            if isinstance(expr, Svd) and (expr.rank < 1 or expr.side not in ("left", "right")):
-                found = f"{expr.side} {expr.rank}"
-                _fail(where, "this is no SVD factor", expected="left or right, rank >= 1", found=found)
-            if isinstance(expr, Init) and not _is_law(expr.law):
-                _fail(where, "unknown law", expected="zeros, ones, eye or normal(std)", found=expr.law)
-
-
-def _inner(expr: Expr | None) -> Iterable[Expr]:
-    if expr is None:
-        return
-    yield expr
-    inner = (expr.a, expr.b) if isinstance(expr, Svd) else (expr.term,) if isinstance(expr, Shuffle) else ()
-    for term in (*getattr(expr, "terms", ()), *inner):
-        yield from _inner(term)
-
-
-def _is_law(law: str) -> bool:
-    return law in ("zeros", "ones", "eye") or _number(law.removeprefix("normal(").removesuffix(")")) is not None
 
 
 def _check_names(program: Program) -> None:
@@ -349,13 +316,6 @@ def _rule(text: str, op: Select, place: _Place) -> None:
         place.fail("this rule needs a score, if only for its shape", expected="score=value", found=text)
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
 def _on(op: On, place: _Place) -> None:
     tokens = place.tokens(op.tokens)
     for name in op.reads:
@@ -381,6 +341,8 @@ def _merge(op: Merge, place: _Place) -> None:
         place.fail(f"{op.value!r} does not hold the rows of {op.tokens!r}", expected=expected, found=op.value)
     for name in op.extra:
         place.plain(name)
+    if op.over is not None:
+        place.tokens(op.over)
     if op.combine is not None:
         check_body(op.combine, place.where)
         place.count("values", len(op.combine.inputs_of("value")), 2 + len(op.extra))

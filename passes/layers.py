@@ -64,7 +64,7 @@ def names_in(program: Program) -> set[str]:
         for op in ops:
             for name in ("reads", "writes", "extra"):
                 yield from getattr(op, name, ())
-            for name in ("write", "read", "value", "tokens", "index", "name"):
+            for name in ("write", "read", "value", "tokens", "over", "index", "name"):
                 yield from filter(None, (getattr(op, name, None),))
             yield from walk(getattr(op, "body", ()) if isinstance(op, Loop | On) else getattr(op, "ops", ()))
 

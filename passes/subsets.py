@@ -137,6 +137,12 @@ def on_chosen(
     call: Call, stream: Type, chosen: str, y: str, names: Names, body: Body | None = None, extra: tuple[str, ...] = ()
 ) -> list[Op]:
     """A layer on the rows of a token set, under the name `y`, and the rows merged into the stream."""
+    merge = Merge(call.writes[0], call.reads[0], y, chosen, body, extra)
+    return [*region_of(call, stream, chosen, y, names), merge]
+
+
+def region_of(call: Call, stream: Type, chosen: str, y: str, names: Names) -> list[Op]:
+    """A layer on the rows of a token set, under the name `y`."""
     (h, *sides), ops = call.reads, list[Op]()
     if h in sides:  # a region reads a name as rows or at full length, not both
         g, rows = Glue(), names.new("stream")
@@ -144,4 +150,4 @@ def on_chosen(
         h = rows
     inner = Call(call.block, (h, *sides), (y,), call.params, call.consts, grad=call.grad, layer=call.layer)
     reads = tuple(dict.fromkeys(inner.reads))
-    return [*ops, On(chosen, reads, (y,), (inner,)), Merge(call.writes[0], h, y, chosen, body, extra)]
+    return [*ops, On(chosen, reads, (y,), (inner,))]

@@ -11,9 +11,11 @@ from depthc.ir.params import Init, Param, drawn
 from depthc.ir.program import Call, Op, Program, Segment
 from depthc.ir.types import Type
 from depthc.passes.base import Pass, text_of
+from depthc.passes.ends import Ends
 from depthc.passes.glue import wide
 from depthc.passes.layers import layers_of, names_in, stack_of, with_stack
 from depthc.passes.subsets import group_of, stream_of
+from depthc.passes.widen_ends import with_wide_ends
 from depthc.passes.widen_glue import collapse, correct, predict, routed_correct, routed_predict, split
 
 
@@ -22,8 +24,8 @@ class Widen(Pass):
     """Widen the stream to blocks of the model's width. A layer predicts all of them, computes one, and corrects all.
 
     xhat_i = sum_j P_ij x_j; y = Layer(x_a), or Layer(xhat_a); x_i = xhat_i + g_i (y - xhat_a), a being the layer's
-    active block. Every block starts as the model's own state. P starts as the identity and g as ones: with
-    `collapse="mean"` the widened model computes what the model does, until it is trained.
+    active block. Every block starts as the model's own state. P starts as the identity and g as ones: unless
+    the blocks end as their sum, the widened model computes what the model does, until it is trained.
 
     Loops that tie made are written out: every layer has coefficients of its own.
 
@@ -34,17 +36,21 @@ class Widen(Pass):
         coefficients: "scalars", P and g themselves; "router", both from the token's state through a small router whose
             two products start at zero (Gemma 3n).
         reads: the block from which a router predicts; None: the active one (Gemma 3n).
-        collapse: what the blocks end as, "mean", or "sum" (recycled AltUp).
+        embedding: "replicated", the model's own for every block, and blocks end as their mean; "recycled", and they
+            end as their sum (Recycled-AltUp); "wide", a table and a head of M times the width, [W ... W] and
+            [W/M ... W/M] at first, found by structure. A head that is tied to the table is then the wide table / M.
         eps: of the router's norm.
         std, seed: of the router's first product, normal draws.
         stack: name or number; the last one by default.
 
     Raises:
-        RecipeError: the layers do more than pass one stream on, or an option is out of range.
+        RecipeError: the layers do more than pass one stream on, an option is out of range, or the model's embedding
+            and head cannot be made wide: there is no one table or head, the head is tied to a table in another form
+            than x @ W.T, or the states before and behind the layers are read elsewhere too.
 
     Example:
-        >>> print(Widen(blocks=2, collapse="sum"))
-        widen(collapse="sum")
+        >>> print(Widen(blocks=2, embedding="recycled"))
+        widen(embedding="recycled")
     """
 
     blocks: int = 2
@@ -52,7 +58,7 @@ class Widen(Pass):
     compute_on: str = "old"
     coefficients: str = "scalars"
     reads: int | None = 0
-    collapse: str = "mean"
+    embedding: str = "replicated"
     eps: float = 1e-6
     std: float = 0.02
     seed: int = 0
@@ -62,7 +68,7 @@ class Widen(Pass):
         self.require_whole("blocks", 2)
         self.require_one_of("compute_on", ("old", "predicted"))
         self.require_one_of("coefficients", ("scalars", "router"))
-        self.require_one_of("collapse", ("mean", "sum"))
+        self.require_one_of("embedding", ("replicated", "recycled", "wide"))
         self.require_weight("eps")
         self.require_weight("std")
         for option in ("active", "reads"):
@@ -84,13 +90,19 @@ class Widen(Pass):
         stream, names = stream_of(program, layers[0]), Names(names_in(program))
         layer = _Layer(self, stream, group_of(program, "widen"), names)
         first, last = layers[0].reads[0], layers[-1].writes[0]
-        done: list[Op] = [Segment("split", split(stream, self.blocks), (first,), layer.states)]
-        for number, call in enumerate(layers):
-            done += layer.ops(number, call)
-        done.append(Segment("collapse", collapse(stream, self.blocks, self.collapse), layer.states, (last,)))
+        done = [op for number, call in enumerate(layers) for op in layer.ops(number, call)]
         params = {name: p for number in range(len(layers)) for name, p in layer.params(number).items()}
-        widened = with_stack(program, stack, [*ops[: places[0]], *done, *ops[places[-1] + 1 :]])
-        return replace(widened, params={**program.params, **params})
+        before, after = ops[: places[0]], ops[places[-1] + 1 :]
+        if self.embedding != "wide":
+            kind = "mean" if self.embedding == "replicated" else "sum"
+            before.append(Segment("split", split(stream, self.blocks), (first,), layer.states))
+            after.insert(0, Segment("collapse", collapse(stream, self.blocks, kind), layer.states, (last,)))
+        widened = with_stack(program, stack, [*before, *done, *after])
+        widened = replace(widened, params={**program.params, **params})
+        if self.embedding != "wide":
+            return widened
+        ends = Ends(self, program, stack, 'use embedding="replicated", or "recycled", which leave it as it is')
+        return with_wide_ends(ends, widened, (first, last), layer.states, layer.group)
 
     def _require_one_stream(self, program: Program, ops: Sequence[Op], layers: Sequence[Call]) -> None:
         """Refuse layers between which more flows than one state of [batch, tokens, features]."""

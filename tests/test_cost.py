@@ -36,6 +36,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mor that shares keys": ("mor", {"kv": "share_first"}),
     "mor that updates keys": ("mor", {"kv": "update"}),
     "mod": ("mod", {"capacity": 0.4}),
+    "stride": ("altup_sequence", {"every": 4}),
+    "wide": ("altup", {"embedding": "wide"}),
 }
 
 

@@ -15,6 +15,7 @@ from depthc.ir.selection import select
 from depthc.ir.tokens import TokenSet
 from depthc.ir.types import Type
 from depthc.ir.verify import verify
+from depthc.passes.glue import Glue
 
 from .models import WIDTH, Spec, Stacked, seeded
 
@@ -146,6 +147,45 @@ def test_gradients_reach_only_what_was_selected(model: nn.Module, program: Progr
 def test_rules_that_need_no_score_among_candidates(rule: str, kept: list[int]) -> None:
     among = TokenSet(torch.tensor([[False, True, True, False, True]]))
     assert select(rule, None, among).mask[0].nonzero()[:, 0].tolist() == kept
+
+
+@pytest.mark.parametrize("length", [1, 5, 6])
+def test_how_many_a_stride_chooses_is_known(length: int) -> None:
+    """Without a look at the data, of all tokens; not of some."""
+    scores = torch.zeros(2, length)
+    chosen = select("stride(3)", scores)
+    assert chosen.count == chosen.mask[0].sum() == chosen.positions.shape[1]
+    some = TokenSet(torch.ones(2, length).bool())
+    assert select("stride(3)", None, some).count is None
+
+
+def test_rows_go_to_the_tokens_up_to_the_next_one(model: nn.Module, program: Program) -> None:
+    """Of a set whose first token is none of the first, into a set that has holes: old, new and extra rows."""
+    first, _ = layers_of(program)
+    g, rows = Glue(), Type(torch.float64, ("b", "k", WIDTH))
+    old, new, at = (g.value(name, rows) for name in ("old", "new", "at"))
+    combine = g.body(g.op(aten.sub.Tensor, g.op(aten.add.Tensor, g.op(aten.mul.Tensor, old, 2), new), at))
+    routed = rewritten(
+        program,
+        score_of("score"),
+        Select("B", "threshold(-1.0)", "score"),
+        Select("A", "threshold(0.0)", "score"),
+        On("A", ("h",), ("y",), (replace(first, writes=("y",)),)),
+        Merge("h", "h", "y", "A", combine, ("h",), over="B"),
+    )
+    h = model.embed(IDS)
+    score = h.sum(-1)
+    done, expected = on_tokens(model.layers[0], h, score > 0), h.clone()
+    for b in range(h.shape[0]):
+        members = [t for t in range(h.shape[1]) if score[b, t] > 0]
+        for t in range(h.shape[1]):
+            before = [a for a in members if a <= t]
+            if before and score[b, t] > -1:
+                expected[b, t] = h[b, t] * 2 + done[b, before[-1]] - h[b, before[-1]]
+    assert not torch.equal(expected, h)
+    assert ((score > 0).cumsum(1) == 0).any(), "a token before the first"
+    assert (((score > 0).cumsum(1) > 0) & (score <= -1)).any(), "a hole"
+    torch.testing.assert_close(routed.run(IDS), model.head(model.norm(expected)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("count", [None, 2])

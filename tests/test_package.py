@@ -145,6 +145,7 @@ def test_examples_in_docstrings(name: str) -> None:
         pytest.param("docs/mlir.md", marks=needs_torch_mlir),
         "docs/quickstart.md",
         "docs/recipes.md",
+        "docs/altup.md",
         "docs/saving.md",
         "docs/telemetry.md",
         "docs/training.md",

@@ -125,6 +125,9 @@ def test_regions_print_and_parse() -> None:
     mixed = [*plain[:2], Merge("h", "h", "y", "A", combine)]
     text = layers(round_trip(program([call(), *plain], [linear_block()])))
     assert text.endswith('with on(A, reads=(h,), writes=(y,)):\n    y = layer(h, w="layers.0")\nh = merge(h, y, A)')
+    wide = [*plain[:2], Merge("h", "h", "y", "A", combine, over="A"), Merge("h", "h", "y", "A", over="A")]
+    text = layers(round_trip(program([call(), *wide], [linear_block()])))
+    assert text.endswith("h = merge(h, y, A, combine=combine, over=A)\nh = merge(h, y, A, over=A)")
     assert "h = merge(h, y, A, combine=combine)" in round_trip(program([call(), *mixed], [linear_block()]))
 
 

@@ -28,7 +28,7 @@ from depthc.codegen.state_map import state_map
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import InputError, StateDictError, SubsetError
 from depthc.ir.evaluate import Evaluator, WeightParams, run
-from depthc.ir.params import Init, Mean, Param, Ref, Shuffle, Svd, value_of
+from depthc.ir.params import Init, Mean, Param, Ref, Shuffle, Svd, Tile, value_of
 from depthc.ir.program import Loop, Program
 from depthc.ir.settle import settle
 from depthc.ir.signature import device_of
@@ -253,6 +253,7 @@ def test_parameter_expressions() -> None:
         "ones": Init(square, "ones"),
         "shuffled": Shuffle(Ref("b"), 2),
         "tied": Ref("c"),
+        "tiled": Tile(Ref("b"), 3, 3),
     }
     params = {name: Param(square, expr=expr) for name, expr in exprs.items()} | {"a": Param(square)}
     made = replace(program([], []), params=params, weights=weights)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from depthc.ir.body import Body
 from depthc.ir.errors import VerifyError
-from depthc.ir.params import Init, Mean, Param, Ref, Svd
+from depthc.ir.params import Init, Mean, Param, Ref, Svd, Tile
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.signature import Leaf
 from depthc.ir.text.parser import parse
@@ -179,6 +179,7 @@ def test_an_error_names_the_layer_and_the_iteration(program: Program) -> None:
         ({"params": ()}, "number of parameters"),
         ({"extra": ("y",)}, "'y' is read as a tensor"),
         ({"tokens": "h"}, "'h' is read as a token set"),
+        ({"over": "h"}, "'h' is read as a token set"),
     ],
 )
 def test_broken_merges(program: Program, change: dict[str, Any], what: str) -> None:
@@ -231,6 +232,7 @@ def test_arguments_are_in_the_order_of_the_parameters(program: Program) -> None:
         (Param(Type(torch.float32, (4,)), expr=Mean(())), "mean of nothing"),
         (Param(Type(torch.float32, (4,)), expr=Svd("left", Ref("a"), Mean(()), 2)), "mean of nothing"),
         (Param(Type(torch.float32, (4,)), expr=Svd("left", Ref("a"), Ref("b"), 0)), "no SVD factor"),
+        (Param(Type(torch.float32, (4, 4)), expr=Tile(Ref("a"), 0)), "no row of copies"),
         (Param(Type(torch.float32, (4,)), expr=Init(Type(torch.float32, (4,)), "uniform")), "unknown law"),
     ],
 )

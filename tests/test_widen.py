@@ -23,9 +23,11 @@ from .models import Spec, Stacked, ids, seeded
 from .routed import BACKWARD, FORWARD, ROWS, captured, documents_of, logits_of, stepped, weighted
 
 GEMMA = {"coefficients": "router", "compute_on": "predicted", "reads": None, "active": 0}
+ENDS = {"depth.widen.embedding": "table", "depth.widen.head": "head"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "recycled": {"collapse": "sum", "active": 1},
+    "recycled": {"embedding": "recycled", "active": 1},
+    "wide": {"embedding": "wide", "blocks": 3},
     "three": {"blocks": 3, "compute_on": "predicted"},
     "gemma": GEMMA,
     "router": {"coefficients": "router", "blocks": 3, "reads": 1, "eps": 1e-5},
@@ -47,6 +49,9 @@ def coefficients(module: DepthModule) -> dict[str, Tensor]:
     """The new parameters, as the oracle names them."""
     found: dict[str, Tensor] = {}
     for name, parameter in module.new_parameters().items():
+        if name in ENDS:
+            found[ENDS[name]] = parameter
+            continue
         _, _, layer, slot = name.split(".")
         routed = f"depth.widen.{layer}.mix" in module.new_parameters()
         found[f"router.{layer}.{slot}" if routed else f"{slot}.{layer}"] = parameter
@@ -54,9 +59,7 @@ def coefficients(module: DepthModule) -> dict[str, Tensor]:
 
 
 def settings(options: dict[str, Any]) -> oracle.Settings:
-    given = dict(options)
-    embedding = "recycled" if given.pop("collapse", "mean") == "sum" else "replicated"
-    return oracle.Settings(embedding=embedding, **given)
+    return oracle.Settings(**options)
 
 
 def agree(kind: str, rows: str = "full", **options: Any) -> None:
@@ -69,8 +72,10 @@ def agree(kind: str, rows: str = "full", **options: Any) -> None:
         expected = oracle.widen(math, *given)
         found = logits_of(module(**inputs))
     assert (found - expected)[real].abs().max() < FORWARD
-    shared = {n: p for n, p in model.named_parameters() if p.requires_grad}
     ours = dict(module.named_parameters())
+    shared = {n: p for n, p in model.named_parameters() if n in ours}
+    narrow = {id(table) for table in math.tables()} if options.get("embedding") == "wide" else set()
+    assert {id(p) for n, p in model.named_parameters() if n not in shared and p.requires_grad} <= narrow
     wanted = [*shared.values(), *module.new_parameters().values()]
     names = [*shared, *module.new_parameters()]
     theirs = torch.autograd.grad(weighted(expected, real), wanted, allow_unused=True)
@@ -87,7 +92,7 @@ def test_options(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["paper", pytest.param("gemma", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("name", ["paper", "wide", pytest.param("gemma", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("kind", [kind for kind in oracles.KINDS if kind != "llama"])
 def test_other_architectures(kind: str, name: str) -> None:
     agree(kind, "padded", **SETTINGS[name])
@@ -100,11 +105,11 @@ def test_untrained_it_is_the_model(options: dict[str, Any]) -> None:
     with Wide():
         module = lower(run_recipe(program, recipe_of(Widen(**options), {}))[0]).eval()
         gap = (logits_of(module(**inputs)) - logits_of(model(**inputs))).abs().max()
-    assert gap < (1e-4 if options.get("collapse") == "sum" else 1e-12)
+    assert gap < (1e-4 if options.get("embedding") == "recycled" else 1e-12)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["paper", pytest.param("gemma", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("name", ["paper", "wide", pytest.param("gemma", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("kind", ["llama", "post_norm", "moe"])
 def test_step_by_step(kind: str, name: str) -> None:
     module, inputs = widened(kind, **SETTINGS[name]), captured(kind, "full")[2]
@@ -164,7 +169,7 @@ def test_printed_parsed_saved(tmp_path: Any) -> None:
     ("option", "value"),
     [
         ("blocks", 1), ("blocks", 2.0), ("active", 2), ("active", True), ("reads", -1), ("compute_on", "new"),
-        ("coefficients", "matrix"), ("collapse", "last"), ("eps", -1.0), ("std", float("nan")),
+        ("coefficients", "matrix"), ("embedding", "last"), ("eps", -1.0), ("std", float("nan")),
     ],
 )  # fmt: skip
 def test_options_out_of_range(option: str, value: Any) -> None:

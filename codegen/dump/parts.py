@@ -229,6 +229,8 @@ def _merge_of(op: On, later: Sequence[Op]) -> Merge | None:
 def _footing(merge: Merge | None) -> str:
     if merge is None:
         return ""
+    if merge.over is not None:
+        return f"their rows go into {merge.write} of all tokens of {merge.over}, up to the next one of {merge.tokens}"
     if merge.combine is None:
         return f"their rows go back into {merge.write}; other tokens stay as they are"
     extra = "".join(f", {name}" for name in merge.extra)

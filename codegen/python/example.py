@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice, product
 
 import torch
@@ -11,7 +12,7 @@ from torch import fx
 from depthc.codegen.python.pieces import entry, folded
 from depthc.ir import sizes
 from depthc.ir.errors import StateDictError
-from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd
+from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd, Tile
 from depthc.ir.program import Program, Segment
 from depthc.ir.signature import Signature
 from depthc.ir.text.fold import line
@@ -159,6 +160,10 @@ def _sources(expr: Expr, param: Param, program: Program) -> Iterator[tuple[str, 
                 yield from _sources(term, param, program)
         case Shuffle(term=term):
             yield from _sources(term, param, program)
+        case Tile(term=term, count=count):
+            rows, columns = param.type.sizes({})
+            narrow = Type(param.type.dtype, (rows, columns // count))
+            yield from _sources(term, replace(param, type=narrow), program)
         case Svd(a=a, b=b):
             for term in (a, b):
                 for name, type in _sources(term, param, program):

@@ -43,7 +43,7 @@ def value_names(program: Program) -> dict[str, str]:
 def _reads(op: Op) -> tuple[str, ...]:
     match op:
         case Merge():
-            return op.read, op.value, op.tokens, *op.extra
+            return op.read, op.value, op.tokens, *op.extra, *filter(None, (op.over,))
         case Tap():
             return (op.read,)
         case On():
@@ -271,6 +271,7 @@ class Forward:
             parts += [combine]
             extra = [[self._value(v)] for v in op.extra]
             parts += [["extra=(", *joined(extra, trailing=True), ")"]] if extra else []
+        parts += [["over=", self._value(op.over)]] if op.over is not None else []
         found = line(self._value(op.write), " = ", self._value(op.tokens), ".merge(", *joined(parts), ")")
         self.sets.discard(op.write)
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from depthc.codegen.python.pieces import entry, folded
-from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd
+from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd, Tile
 from depthc.ir.program import Program
 from depthc.ir.text.fold import Piece, joined, line, number
 from depthc.ir.text.printer import wrap
@@ -76,6 +76,9 @@ def _expr(expr: Expr, dtype: torch.dtype, used: dict[str, None]) -> list[Piece]:
         case Shuffle(term=term, seed=seed):
             used["shuffle"] = None
             return ["shuffle(", *_expr(term, dtype, used), ", seed=", number(seed), ")"]
+        case Tile(term=term, count=count, over=over):
+            divided: list[Piece] = [" / ", number(over)] if over != 1 else []
+            return [*_expr(term, dtype, used), ".repeat(1, ", number(count), ")", *divided]
         case Init(type=type, law=law, seed=seed):
             return _init(type, law, seed, used)
     raise TypeError(f"not a parameter expression: {expr!r}")

@@ -137,6 +137,7 @@ class Walk:
                     replace(self, region=self.sets[op.tokens], kinds=inner).ops(op.body, indices)
                 case Merge():
                     self.shapes[op.write] = self.shapes[op.read]
+                    self._hold(op)
             if self.kinds and not isinstance(op, Loop | Tap):
                 self.kinds.update(kinds_of(op, self.kinds))
 
@@ -254,6 +255,16 @@ class Walk:
                 total += size * sympy.Mul(*shapes[cached.node]).subs(bound, simultaneous=True) * rows / length
         name = slot if slot and slot not in self.kept else f"{len(self.kept)}"
         self.kept[name] = total
+
+    def _hold(self, op: Merge) -> None:
+        """What a merge over another set keeps: rows of the last token of its own set; see `depthc.ir.steps`."""
+        if op.over is None or not self.kinds or kinds_of(op, self.kinds)[op.write] != "rows":
+            return
+        like = op.combine or next(iter(self.program.blocks.values())).body
+        types = like.inputs_of("value")[1 : 2 + len(op.extra)] if op.combine else like.inputs_of("value")[:1]
+        size = sum(i.type.dtype.itemsize for i in types if isinstance(i.type, Type))
+        batch, _, *rest = self.shapes[op.read]
+        self.kept[f"{len(self.kept)}"] = size * sympy.Mul(batch, *rest)
 
     def _planned(self, op: Call, application: Application, indices: Mapping[str, int]) -> sympy.Expr:
         """On rows, or with keys by plan; see `depthc.ir.regions.run_planned`."""

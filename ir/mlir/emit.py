@@ -262,6 +262,14 @@ class Emitter:
         values.update(zip(op.writes, results, strict=True))
 
     def _merge(self, op: Merge, values: Values) -> None:
+        if op.over is not None:
+            raise MlirError(
+                f"the rows of {op.tokens!r} go to all tokens of {op.over!r}, and MLIR has no op for that",
+                where=f"merge of {op.write}",
+                expected="a merge into the tokens whose rows they are",
+                found=f"over={op.over}",
+                remedy="evaluate the program, or compile it as a module",
+            )
         operands = [values[name] for name in (op.read, op.value, op.tokens)]
         operands += self.pack([values[name] for name in op.extra])
         attributes: dict[str, Any] = {}

@@ -92,19 +92,20 @@ class OpReader:
         return Select(_single(call, writes), string(args["rule"], scope), score, among, of, inference, judge, within)
 
     def _merge(self, call: ast.Call, writes: tuple[str, ...], scope: Scope) -> Merge:
-        args = _arguments(call, "merge", ["read", "value", "tokens"], ["combine", "extra", "w"])
+        args = _arguments(call, "merge", ["read", "value", "tokens"], ["combine", "extra", "w", "over"])
         read, value, tokens = (value_name(args[k], scope) for k in ("read", "value", "tokens"))
+        over = value_name(args["over"], scope) if "over" in args else None
         if "combine" not in args:
             if "extra" in args or "w" in args:
                 fail(call, "merge takes extra and w only together with combine", expected="combine=function")
-            return Merge(_single(call, writes), read, value, tokens)
+            return Merge(_single(call, writes), read, value, tokens, over=over)
         label = args["combine"]
         function = self.functions.get(label.id) if isinstance(label, ast.Name) else None
         if function is None or function.kind != "glue":
             fail(label, "this is not a glue function", expected=_known(self.functions, "glue"))
         params, _ = _weights(args.get("w"), function, scope)
         extra = _values(args.get("extra"), scope)
-        return Merge(_single(call, writes), read, value, tokens, function.body, extra, params)
+        return Merge(_single(call, writes), read, value, tokens, function.body, extra, params, over)
 
     def _tap(self, call: ast.Call, writes: tuple[str, ...], scope: Scope) -> Tap:
         args = _arguments(call, "tap", ["name", "read"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from depthc.ir.errors import ParseError
-from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd
+from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd, Tile
 from depthc.ir.program import Block, Program, Segment, Stack
 from depthc.ir.text.functions import Function, derived_params
 from depthc.ir.text.parse_body import BodyReader, read_declaration
@@ -185,7 +185,7 @@ def _modes(main: ast.FunctionDef) -> tuple[bool, ...]:
 
 
 def _read_expr(node: ast.expr, scope: Scope) -> Expr:
-    """A parameter expression: ref, mean, svd_left, svd_right, init."""
+    """A parameter expression: ref, mean, svd_left, svd_right, init, shuffle, tile."""
     match node:
         case ast.Call(func=ast.Name(id="ref"), args=[name], keywords=[]):
             return Ref(string(name, scope))
@@ -207,7 +207,11 @@ def _read_expr(node: ast.expr, scope: Scope) -> Expr:
             seeds = [_whole(word.value, scope) for word in words if word.arg == "seed"]
             if len(seeds) == len(words) <= 1:
                 return Shuffle(_read_expr(term, scope), *seeds)
-    expected = 'ref("a"), mean(...), svd_left(a - b, rank), init(...) or shuffle(ref("a"), seed=1)'
+        case ast.Call(func=ast.Name(id="tile"), args=[term, count], keywords=words):
+            over = [_whole(word.value, scope) for word in words if word.arg == "over"]
+            if len(over) == len(words) <= 1:
+                return Tile(_read_expr(term, scope), _whole(count, scope), *over)
+    expected = 'ref("a"), mean(...), svd_left(a - b, rank), init(...), shuffle(ref("a"), seed=1) or tile(ref("a"), 2)'
     fail(node, "this is not a parameter expression", expected=expected)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator, Sequence
 
-from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd
+from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd, Tile
 from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
 from depthc.ir.signature import Leaf, Signature
 from depthc.ir.text.fold import Piece, Statement, fold, joined, line, number, words, write
@@ -177,6 +177,7 @@ class _Printer:
             parts.append([f"combine={function.label}"])
             parts += [["extra=", *_tuple(op.extra)]] if op.extra else []
             parts += _weights(function.slots, op.params)
+        parts += [["over=", words("value", op.over)]] if op.over is not None else []
         return line(*_targets([op.write]), "merge(", *joined(parts), ")")
 
     def _apply(
@@ -252,6 +253,9 @@ def _expr(expr: Expr) -> list[Piece]:
         case Shuffle(term=term, seed=seed):
             options = [", seed=", number(seed)] if seed else []
             return ["shuffle(", *_expr(term), *options, ")"]
+        case Tile(term=term, count=count, over=over):
+            options = [", over=", number(over)] if over != 1 else []
+            return ["tile(", *_expr(term), ", ", number(count), *options, ")"]
     raise TypeError(f"not a parameter expression: {expr!r}")
 
 

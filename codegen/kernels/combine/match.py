@@ -40,10 +40,10 @@ def options_of(op: Merge) -> Options | None:
         >>> options_of(Merge("h", "h", "y", "chosen"))
         Options(kind='off', gate='none', alpha=1.0)
     """
+    if op.params or op.over is not None:
+        return None
     if op.combine is None:
         return OFF
-    if op.params:
-        return None
     return _found(op.combine)
 
 
