@@ -10,6 +10,7 @@ from depthc.passes.loop import Loop
 from depthc.passes.mod import Mod
 from depthc.passes.recipe import Recipe
 from depthc.passes.route import Route
+from depthc.passes.stagger import Stagger
 from depthc.passes.tie import Tie
 from depthc.passes.tokenchoice import TokenChoice
 from depthc.passes.widen import Widen
@@ -24,6 +25,8 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe((Tie(loops=3, sharing="middle_cycle"), TokenChoice()), "mor_token"),
         Recipe((Mod(),), "mod"),
         Recipe((Widen(),), "altup"),
+        Recipe((Stagger(),), "stagformer"),
+        Recipe((Stagger(shared=True),), "stagformer_shared"),
     )
 }
 

@@ -1,0 +1,337 @@
+"""A layer that attends to a memory too: its own self-attention once more, with weights of its own (recipes: section 5).
+
+The second attention is read off the layer's ops: what makes queries is fed with the stream, what makes keys and values
+with the memory, and it ends with the projection behind the attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from depthc.ir.axes.analysis import analyse
+from depthc.ir.axes.cuts import cuts_of
+from depthc.ir.axes.ops import Slot, argument, is_tensor, map_operands, op_name
+from depthc.ir.axes.ports import PRODUCTS, Port, ports_of
+from depthc.ir.body import Body, Input
+from depthc.ir.program import Block
+from depthc.ir.types import Type
+
+aten = torch.ops.aten
+_LAYOUT = {"view", "transpose", "permute", "t", "unsqueeze", "squeeze", "clone", "contiguous", "dropout", "to"}
+
+
+class NoCrossing(Exception):
+    """A layer that no cross-attention can be made of; says why."""
+
+    def __init__(self, what: str, node: fx.Node | None = None) -> None:
+        self.node = node
+        super().__init__(what)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A layer with a cross-attention in it.
+
+    Attributes:
+        block: its carries are the stream and the memory, which it returns as it is. After the layer's side inputs it
+            reads `lagged`, which is added to the scores, and `unseen`, the tokens for which there is no memory.
+        copied: the layer's parameter slots of which copies follow its own, by number.
+        zeros: those among them whose copies start at zero.
+    """
+
+    block: Block
+    copied: tuple[int, ...]
+    zeros: frozenset[int]
+
+
+def self_attention(block: Block) -> Port | None:
+    """The one attention of a layer's tokens to each other; None where it has none.
+
+    Raises:
+        NoCrossing: there are several.
+    """
+    found = [port for port in ports_of(block) if not port.cross]
+    if len(found) > 1:
+        raise NoCrossing(f"it has {len(found)} self-attentions", found[1].exits[0])
+    return found[0] if found else None
+
+
+def crossing_of(block: Block, port: Port, biased: bool, lagged: Type, unseen: Type) -> Crossing:
+    """The layer with a cross-attention made of one of its ports.
+
+    It stands behind all attention that the layer has; where attention and MLP are side by side, in front of the layer.
+
+    Args:
+        biased: whether the port's mask adds more than what it closes; that stays, the rest is given by `lagged`.
+        lagged: the type of [batch or 1, 1, tokens, tokens], 0 where a query sees a key.
+        unseen: the type of bool[batch or 1, tokens, 1].
+
+    Raises:
+        NoCrossing: its ops are not those of an attention between projections.
+    """
+    source = _Source(block, port)
+    return _Writer(source, biased).crossing(lagged, unseen)
+
+
+class _Source:
+    """The parts of a layer that a cross-attention is made of.
+
+    Attributes:
+        output: the result of the projection behind the attention, in the shape of the stream.
+        start: the value of the stream that takes it in.
+        points: what goes into the projections of keys and values, in the shape of the stream.
+        queries, memory: the ops that are copied for the queries and for the keys and values.
+    """
+
+    def __init__(self, block: Block, port: Port) -> None:
+        self.block, self.port, self.axes = block, port, analyse(block)
+        self.carry = block.body.placeholders_of("value")[0]
+        self.start = self._start()
+        self.product = self._product()
+        self.output = self._shaped(self.product)
+        self.points = frozenset(self._point(n) for n in self._first_products())
+        self.keyed = {source for source in port.keyed}
+        self.memory = self._behind(self.keyed, self.points)
+        if self.carry in self.memory and self.carry not in self.points:
+            raise NoCrossing("keys or values are made of the stream without a projection", port.exits[0])
+        stops = self.keyed | set(port.masks)
+        self.queries = self._behind([self.output], stops) - stops
+
+    def _behind(self, ends: Iterable[fx.Node], stops: Iterable[fx.Node] = ()) -> set[fx.Node]:
+        """Everything that `ends` are made of, up to `stops`; sizes are no part of it."""
+        values = self.axes.probe.values
+        return _behind(ends, {*stops, *(n for n in self.block.body.nodes if not is_tensor(values[n]))})
+
+    def _start(self) -> fx.Node:
+        cuts, ports = cuts_of(self.block), ports_of(self.block)
+        attending = {n for port in ports for n in port.region}
+        last = next(cut for cut in reversed(cuts) if attending & {*cut.nodes})
+        around = self._behind(self.port.entries) | self.port.region
+        beside = [n for n in last.nodes if self._weighs(n) and n not in around and not self._follows(n)]
+        return self.carry if beside and last is cuts[-1] else last.end
+
+    def _follows(self, node: fx.Node) -> bool:
+        """Whether an op works on what attentions made."""
+        behind = self._behind([node])
+        return any(behind & {*port.exits} for port in ports_of(self.block))
+
+    def _weighs(self, node: fx.Node) -> bool:
+        """Whether an op is a product of what flows with a parameter."""
+        return op_name(node) in PRODUCTS and any(n not in self.axes.moving for n in node.all_input_nodes)
+
+    def _product(self) -> fx.Node:
+        """The projection through which all goes that the attention makes."""
+        reached = set(self.port.exits)
+        for node in self.block.body.nodes:
+            if node in self.axes.moving and reached & {*node.all_input_nodes}:
+                if self._weighs(node):
+                    return node
+                reached.add(node)
+        raise NoCrossing("no projection follows the attention", self.port.exits[0])
+
+    def _shaped(self, node: fx.Node) -> fx.Node:
+        """The value that follows by layout alone and has the shape of the stream."""
+        shape = self.axes.probe.shape(self.carry)
+        while self.axes.probe.shape(node) != shape:
+            users = [user for user in node.users if op_name(user) in _LAYOUT]
+            if len(users) != 1:
+                raise NoCrossing("what is projected behind the attention has not the shape of the stream", node)
+            (node,) = users
+        return node
+
+    def _first_products(self) -> list[fx.Node]:
+        """The projections between the stream and keys or values."""
+        found: list[fx.Node] = []
+        after: set[fx.Node] = set()
+        behind = self._behind(self.port.keyed)
+        for node in self.block.body.nodes:
+            if node in behind and node in self.axes.moving:
+                if after & {*node.all_input_nodes}:
+                    after.add(node)
+                elif self._weighs(node):
+                    after.add(node)
+                    found.append(node)
+        return found
+
+    def _point(self, product: fx.Node) -> fx.Node:
+        """What goes into a projection, in the shape of the stream."""
+        shape = self.axes.probe.shape(self.carry)
+        (node, *others) = [n for n in product.all_input_nodes if n in self.axes.moving]
+        while not others and self.axes.probe.shape(node) != shape and op_name(node) in _LAYOUT:
+            (node, *others) = [n for n in node.all_input_nodes if n in self.axes.moving]
+        if others or self.axes.probe.shape(node) != shape:
+            raise NoCrossing("what keys and values are projected from has not the shape of the stream", product)
+        return node
+
+
+def _behind(ends: Iterable[fx.Node], stops: Set[fx.Node] = frozenset()) -> set[fx.Node]:
+    """Everything that `ends` are computed from, and they; what `stops` are computed from is left out."""
+    found: set[fx.Node] = set()
+    stack = list(ends)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(() if node in stops else node.all_input_nodes)
+    return found
+
+
+class _Writer:
+    """Writes the layer, and the cross-attention where it belongs."""
+
+    def __init__(self, source: _Source, biased: bool) -> None:
+        self.source, self.biased = source, biased
+        self.body, self.moving = source.block.body, source.axes.moving
+        self.graph = fx.Graph()
+        self.own: dict[fx.Node, fx.Node] = {}
+        self.fresh: dict[fx.Node, fx.Node] = {}  # copies of parameters
+        self.memory: dict[fx.Node, fx.Node] = {}
+        self.queries: dict[fx.Node, fx.Node] = {}
+
+    def crossing(self, lagged: Type, unseen: Type) -> Crossing:
+        """The block, and what its new slots are."""
+        source, slots = self.source, self.body.placeholders_of("param")
+        cone = source.memory | source.queries
+        copied = tuple(i for i, node in enumerate(slots) if node in cone)
+        given = self._inputs([slots[i] for i in copied], lagged, unseen)
+        before = _behind([source.start, *(n for n in cone if n not in self.moving and n.op != "placeholder")])
+        for node in self.body.nodes:
+            if node in before:
+                self.own[node] = self.graph.node_copy(node, self.own.__getitem__)
+        start = self.own[source.start]
+        crossed = self.graph.call_function(aten.add.Tensor, (start, self._crossed(start, given)))
+        self.own[source.start] = crossed
+        for node in self.body.nodes:
+            if node not in self.own:
+                self.own[node] = self.graph.node_copy(node, self.own.__getitem__)
+        self.graph.output((self.own[self.body.results[0]], given["memory"]))
+        weights = {n for n in source.product.all_input_nodes if n not in self.moving}
+        zero = _behind(weights)
+        return Crossing(
+            Block(f"{source.block.name}_crossing", Body(self.graph), 2),
+            copied,
+            frozenset(i for i in copied if slots[i] in zero),
+        )
+
+    def _inputs(self, params: list[fx.Node], lagged: Type, unseen: Type) -> dict[str, fx.Node]:
+        """Placeholders: the stream, the memory, all others of the layer, the new values, the new parameters."""
+        stream: Any = self.source.carry.meta["input"].type
+        taken, given = {i.name for i in self.body.inputs}, dict[str, fx.Node]()
+
+        def add(input: Input) -> fx.Node:
+            node = self.graph.placeholder(input.name.replace(".", "_"))
+            node.meta["input"] = input
+            return node
+
+        def value(name: str, type: Type) -> None:
+            own = name if name not in taken else f"{name}_of_stack"
+            given[name] = add(Input(own, "value", type))
+
+        carry = self.source.carry
+        self.own[carry] = self.graph.node_copy(carry)
+        value("memory", stream)
+        for node in self.body.placeholders:
+            if node is not carry:
+                self.own[node] = self.graph.node_copy(node)
+        value("lagged", lagged)
+        value("unseen", unseen)
+        for node in params:
+            info = node.meta["input"]
+            self.fresh[node] = add(Input(f"cross.{info.name}", "param", info.type))
+        return given
+
+    def _crossed(self, start: fx.Node, given: Mapping[str, fx.Node]) -> fx.Node:
+        """What the cross-attention adds to the stream."""
+        source = self.source
+        self.memory |= dict.fromkeys(source.points, given["memory"])
+        self.queries[source.carry] = start
+        for node in self.body.nodes:
+            if node in source.memory and node not in source.points and self._differs(node):
+                self.memory[node] = self.graph.node_copy(node, self._reader(self.memory))
+            if node in source.queries and self._differs(node):
+                self.queries[node] = self._query_side(node, given["lagged"])
+        return self.graph.call_function(aten.masked_fill.Scalar, (self.queries[source.output], given["unseen"], 0.0))
+
+    def _differs(self, node: fx.Node) -> bool:
+        """Whether an op has another value for the cross-attention: it reads the stream, or parameters."""
+        return node in self.moving or any(n in self.fresh for n in _behind([node]))
+
+    def _reader(self, made: Mapping[fx.Node, fx.Node]) -> Callable[[fx.Node], fx.Node]:
+        def read(node: fx.Node) -> fx.Node:
+            found = made.get(node, self.fresh.get(node))
+            return self.own[node] if found is None else found
+
+        return read
+
+    # The attention itself.
+
+    def _query_side(self, node: fx.Node, lagged: fx.Node) -> fx.Node:
+        """An op that reads queries, or what is made of them."""
+        port, read = self.source.port, self._reader(self.queries)
+
+        def operand(slot: Slot, source: fx.Node) -> fx.Node:
+            if (node, slot) in port.key_edges:
+                return self._reader(self.memory)(source)
+            return self.own[source] if node in port.region and source in port.masks else read(source)
+
+        if node in port.region and not self.biased and port.kind == "pattern" and self._masks(node):
+            return self.queries[self._scores(node)]
+        args, kwargs = map_operands(node, operand)
+        if op_name(node) == "scaled_dot_product_attention":
+            args, kwargs = self._masked(node, args, kwargs, lagged)
+        elif node in port.region and op_name(node) == "softmax":
+            args[0] = self._closed(args[0], self.source.axes.labels[node], lagged)
+        copy = self.graph.call_function(node.target, tuple(args), kwargs)  # type: ignore[arg-type]
+        copy.meta.update(node.meta)
+        return copy
+
+    def _masks(self, node: fx.Node) -> bool:
+        return any(n in self.source.port.masks for n in node.all_input_nodes)
+
+    def _scores(self, node: fx.Node) -> fx.Node:
+        """The scores that an op masks."""
+        scores = [n for n in node.all_input_nodes if n in self.source.port.region]
+        if len(scores) != 1:
+            raise NoCrossing("its mask is made together with scores", node)
+        return scores[0]
+
+    def _masked(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], lagged: fx.Node) -> Any:
+        """The arguments of the fused op with another mask."""
+        query: Any = node.args[0]
+        mask = self._laid(lagged, self.source.axes.labels[query], query)
+        own = argument(node, 3, "attn_mask")
+        if self.biased and isinstance(own, fx.Node):
+            mask = self._low(self.graph.call_function(aten.add.Tensor, (self.own[own], mask)), query)
+        rest = {n: v for n, v in kwargs.items() if n not in ("attn_mask", "is_causal")}
+        return [*args[:3], mask, *args[4:5], *([False] if len(args) > 5 else []), *args[6:]], rest
+
+    def _closed(self, scores: fx.Node, label: Any, lagged: fx.Node) -> fx.Node:
+        """Scores that are the lowest number where nothing is seen."""
+        mask = self._laid(lagged, label, None)
+        return self._low(self.graph.call_function(aten.add.Tensor, (scores, mask)), None)
+
+    def _low(self, scores: fx.Node, like: fx.Node | None) -> fx.Node:
+        """Scores without minus infinity, of which a softmax would make no numbers."""
+        dtype = (
+            self.source.carry.meta["input"].type.dtype if like is None else self.source.axes.probe.values[like].dtype
+        )
+        return self.graph.call_function(aten.clamp.default, (scores, torch.finfo(dtype).min))
+
+    def _laid(self, lagged: fx.Node, label: Any, like: fx.Node | None) -> fx.Node:
+        """`lagged` for scores [batch, ..., queries, keys]."""
+        axes = self.source.axes
+        if label[0] != (axes.batch,) or label[-2] != (axes.token,) or (like is None and label[-1] != (axes.key,)):
+            raise NoCrossing("its scores have not the axes [batch, ..., queries, keys]", self.source.port.exits[0])
+        for _ in range(len(label) - 4):
+            lagged = self.graph.call_function(aten.unsqueeze.default, (lagged, 1))
+        if len(label) == 3:
+            lagged = self.graph.call_function(aten.squeeze.dim, (lagged, 1))
+        source = self.source.carry.meta["input"].type.dtype
+        wanted = source if like is None else axes.probe.values[like].dtype
+        return lagged if wanted == source else self.graph.call_function(aten.to.dtype, (lagged, wanted))
