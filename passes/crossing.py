@@ -6,8 +6,7 @@ with the memory, and it ends with the projection behind the attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +95,7 @@ class _Source:
         self.product = self._product()
         self.output = self._shaped(self.product)
         self.points = frozenset(self._point(n) for n in self._first_products())
-        self.keyed = {source for source in port.keyed}
+        self.keyed = set(port.keyed)
         self.memory = self._behind(self.keyed, self.points)
         if self.carry in self.memory and self.carry not in self.points:
             raise NoCrossing("keys or values are made of the stream without a projection", port.exits[0])

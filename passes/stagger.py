@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from depthc.ir.masks.masks import Mask, masks_of
-from depthc.ir.masks.padding import padding_of
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.masks.documents import documents_of
+from depthc.ir.masks.masks import Mask, masks_of
+from depthc.ir.masks.padding import padding_of
 from depthc.ir.names import Names
 from depthc.ir.params import Init, Mean, Param, Ref
 from depthc.ir.program import Block, Call, Op, Program, Segment
@@ -82,8 +82,7 @@ class Stagger(Pass):
         ops, places = layers_of(self, stack)
         layers: list[Call] = [ops[at] for at in places]  # type: ignore[misc]
         require_one_stream(self, program, ops, layers, "stagger a model that does not return what its layers compute")
-        first, last = layers[0].reads[0], layers[-1].writes[0]
-        made = _Stacks(self, program, layers)
+        made, last = _Stacks(self, program, layers), layers[-1].writes[0]
         done: list[Op] = [*made.memory_ops(), *(op for q in range(self.stacks) for op in made.stack(q))]
         name = f"depth.{made.group}.combine"
         done.append(Segment("combine", combine(made.stream, self.stacks), made.states, (last,), (name,)))
