@@ -27,9 +27,11 @@ class Section:
 
     Attributes:
         calls: they, in order; of a loop one an iteration.
+        numbers: their places among all applications of the stack.
     """
 
     calls: tuple[Call, ...]
+    numbers: tuple[int, ...]
 
     @property
     def depth(self) -> int:
@@ -57,12 +59,19 @@ def sections_of(program: Program, stack: Stack) -> tuple[Section, ...]:
         [2, 2]
         [4]
     """
+    kept: dict[int, tuple[Stack, tuple[Section, ...]]] = program.__dict__.setdefault("_sections", {})
+    if id(stack) not in kept:
+        kept[id(stack)] = stack, _sections(program, stack)
+    return kept[id(stack)][1]
+
+
+def _sections(program: Program, stack: Stack) -> tuple[Section, ...]:
     walk = _Walk(program)
     walk.ops(stack.ops, {}, {})
-    groups: dict[int, list[Call]] = {}
-    for number, call in enumerate(walk.calls):
-        groups.setdefault(walk.root(number), []).append(call)
-    return tuple(Section(tuple(calls)) for calls in groups.values())
+    groups: dict[int, list[int]] = {}
+    for number in range(len(walk.calls)):
+        groups.setdefault(walk.root(number), []).append(number)
+    return tuple(Section(tuple(walk.calls[n] for n in numbers), tuple(numbers)) for numbers in groups.values())
 
 
 def lag_of(mask: Mask) -> int:

@@ -129,7 +129,9 @@ class _Printer:
     def _op(self, op: Op | Stack) -> Statement:
         match op:
             case Stack():
-                return Statement(("with stack(", words("string", op.name), f"):{self._sections(op)}"), self._ops(op.ops))
+                return Statement(
+                    ("with stack(", words("string", op.name), f"):{self._sections(op)}"), self._ops(op.ops)
+                )
             case Call():
                 return self._call(op)
             case Segment():
