@@ -36,6 +36,7 @@ RECIPES = {
     "tokenchoice": "tie(sharing='cycle') | tokenchoice()",
     "mod": "mod(capacity=0.5)",
     "widen": "widen()",
+    "stagger": "stagger()",
     "keep": "keep(capacities=(1.0, 1.0, 0.5, 0.5, 0.25, 0.25))",
 }
 

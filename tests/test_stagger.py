@@ -20,10 +20,12 @@ from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 from depthc.passes.stagger import Stagger
 
-from .models import Attention, Hybrid, Spec, Stacked, ids, seeded
+from .models import Attention, Spec, Stacked, ids, seeded
 from .routed import BACKWARD, FORWARD, ROWS, captured, changed_last, documents_of, logits_of, weighted
 
 EVERY = (*oracles.KINDS, QK_NORM)
+OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in EVERY if kind != "llama"]
+ALL = ["llama", *OTHERS]
 SETTINGS: dict[str, dict[str, Any]] = {
     "separate": {},
     "four": {"stacks": 4, "window": 3},
@@ -96,17 +98,18 @@ def assert_same_gradients(found: Tensor, expected: Tensor, module: DepthModule, 
 # against the oracle
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n != "four" else []) for n in SETTINGS])
 def test_options(name: str) -> None:
     agree("llama", **SETTINGS[name])
 
 
-@pytest.mark.parametrize("name", ["separate", "four", "shared"])
-@pytest.mark.parametrize("kind", [kind for kind in EVERY if kind != "llama"])
+@pytest.mark.parametrize("name", ["separate", "four", pytest.param("shared", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kind", OTHERS)
 def test_other_architectures(kind: str, name: str) -> None:
     agree(kind, "padded", **SETTINGS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["padded", "packed"])
 @pytest.mark.parametrize("kind", ["llama", "parallel", "hybrid"])
 def test_padding_and_documents(kind: str, rows: str) -> None:
@@ -117,7 +120,7 @@ def test_padding_and_documents(kind: str, rows: str) -> None:
 
 
 @pytest.mark.parametrize("name", IDENTITIES)
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ALL)
 def test_untrained_it_is_the_model(kind: str, name: str) -> None:
     model, program, inputs = captured(kind, "padded")
     with Wide(), torch.no_grad():
@@ -145,7 +148,7 @@ def test_new_parameters_are_copies() -> None:
 # who sees what
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ALL)
 def test_later_tokens_change_nothing(kind: str) -> None:
     module, inputs = compiled(kind, **SETTINGS["four"]), captured(kind, "full")[2]
     with Wide(), torch.no_grad():
@@ -154,7 +157,7 @@ def test_later_tokens_change_nothing(kind: str) -> None:
     assert (found - other)[:, -1].abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", ALL)
 def test_a_lag_beyond_the_row_adds_nothing_and_no_nan(kind: str) -> None:
     """No token sees memory: cross-attentions get no gradient, not even by the bias of o."""
     module, inputs = compiled(kind, lag=9), captured(kind, "full")[2]
@@ -247,6 +250,7 @@ def test_stacks_that_do_not_divide() -> None:
     refused(Stacked(Spec(depth=9)), "give stacks=3", "stagger(stacks=4)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", oracles.ENCODERS)
 def test_encoders_are_refused(kind: str) -> None:
     with pytest.raises(RecipeError, match="as in an encoder"):
@@ -301,4 +305,3 @@ def test_stacks_without_attention_are_refused() -> None:
 def test_layers_that_pass_on_more_are_refused() -> None:
     refused(Stacked(Spec(depth=4)), "rewritten before", "mod() | stagger()")
     refused(Stacked(Spec(depth=4, returns="states")), "more than pass one stream on")
-    _ = Hybrid

@@ -25,7 +25,7 @@ from depthc.ir.side_by_side import step
 
 from .models import Spec, Stacked, ids, seeded
 from .routed import ROWS, captured, logits_of, stepped
-from .test_stagger import EVERY, SETTINGS, compiled, for_oracle
+from .test_stagger import ALL, SETTINGS, compiled, for_oracle
 
 PROMPT, LENGTH = 4, 9
 
@@ -70,7 +70,8 @@ def test_step_by_step(name: str) -> None:
     assert (rows - full(module, inputs)).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ALL)
 def test_step_by_step_in_any_order(kind: str) -> None:
     """With padding; in the order of the program, and with the last stack first."""
     inputs, real = captured(kind, "padded")[2], ROWS["padded"]
@@ -83,6 +84,7 @@ def test_step_by_step_in_any_order(kind: str) -> None:
         assert (rows - expected)[real].abs().max() < 1e-10, order
 
 
+@pytest.mark.slow
 def test_four_stacks_in_many_orders() -> None:
     module, inputs = compiled("llama", **SETTINGS["four"]), captured("llama", "full")[2]
     expected, found = full(module, inputs), []
@@ -178,6 +180,7 @@ def test_of_a_window_only_the_window_is_kept(lag: int, window: int, order: tuple
     assert crossed == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hybrid", "parallel"])
 def test_caches_cost_what_is_said(kind: str) -> None:
     """Windows of the layers' own are forgotten as well."""
@@ -188,6 +191,7 @@ def test_caches_cost_what_is_said(kind: str) -> None:
     assert cost_of(program).at(**sizes).cache_bytes == past.cache_bytes
 
 
+@pytest.mark.slow
 def test_masks_of_memory_are_relations_with_a_lag() -> None:
     program = compiled("llama", "padded", lag=2, window=3).program
     call = program.stacks[0].ops[-2]
