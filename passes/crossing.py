@@ -6,31 +6,21 @@ with the memory, and it ends with the projection behind the attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from depthc.ir.axes.analysis import analyse
-from depthc.ir.axes.cuts import cuts_of
-from depthc.ir.axes.ops import Slot, argument, is_tensor, map_operands, op_name
-from depthc.ir.axes.ports import PRODUCTS, Port, ports_of
+from depthc.ir.axes.ops import Slot, argument, map_operands, op_name
+from depthc.ir.axes.ports import Port
 from depthc.ir.body import Body, Input
 from depthc.ir.program import Block
 from depthc.ir.types import Type
+from depthc.passes.crossing_source import NoCrossing, Source, behind
 
 aten = torch.ops.aten
-_LAYOUT = {"view", "transpose", "permute", "t", "unsqueeze", "squeeze", "clone", "contiguous", "dropout", "to"}
-
-
-class NoCrossing(Exception):
-    """A layer that no cross-attention can be made of; says why."""
-
-    def __init__(self, what: str, node: fx.Node | None = None) -> None:
-        self.node = node
-        super().__init__(what)
 
 
 @dataclass(frozen=True)
@@ -49,18 +39,6 @@ class Crossing:
     zeros: frozenset[int]
 
 
-def self_attention(block: Block) -> Port | None:
-    """The one attention of a layer's tokens to each other; None where it has none.
-
-    Raises:
-        NoCrossing: there are several.
-    """
-    found = [port for port in ports_of(block) if not port.cross]
-    if len(found) > 1:
-        raise NoCrossing(f"it has {len(found)} self-attentions", found[1].exits[0])
-    return found[0] if found else None
-
-
 def crossing_of(block: Block, port: Port, biased: bool, lagged: Type, unseen: Type) -> Crossing:
     """The layer with a cross-attention made of one of its ports.
 
@@ -74,117 +52,13 @@ def crossing_of(block: Block, port: Port, biased: bool, lagged: Type, unseen: Ty
     Raises:
         NoCrossing: its ops are not those of an attention between projections.
     """
-    source = _Source(block, port)
-    return _Writer(source, biased).crossing(lagged, unseen)
-
-
-class _Source:
-    """The parts of a layer that a cross-attention is made of.
-
-    Attributes:
-        output: the result of the projection behind the attention, in the shape of the stream.
-        start: the value of the stream that takes it in.
-        points: what goes into the projections of keys and values, in the shape of the stream.
-        queries, memory: the ops that are copied for the queries and for the keys and values.
-    """
-
-    def __init__(self, block: Block, port: Port) -> None:
-        self.block, self.port, self.axes = block, port, analyse(block)
-        self.carry = block.body.placeholders_of("value")[0]
-        self.start = self._start()
-        self.product = self._product()
-        self.output = self._shaped(self.product)
-        self.points = frozenset(self._point(n) for n in self._first_products())
-        self.keyed = set(port.keyed)
-        self.memory = self._behind(self.keyed, self.points)
-        if self.carry in self.memory and self.carry not in self.points:
-            raise NoCrossing("keys or values are made of the stream without a projection", port.exits[0])
-        stops = self.keyed | set(port.masks)
-        self.queries = self._behind([self.output], stops) - stops
-
-    def _behind(self, ends: Iterable[fx.Node], stops: Iterable[fx.Node] = ()) -> set[fx.Node]:
-        """Everything that `ends` are made of, up to `stops`; sizes are no part of it."""
-        values = self.axes.probe.values
-        return _behind(ends, {*stops, *(n for n in self.block.body.nodes if not is_tensor(values[n]))})
-
-    def _start(self) -> fx.Node:
-        cuts, ports = cuts_of(self.block), ports_of(self.block)
-        attending = {n for port in ports for n in port.region}
-        last = next(cut for cut in reversed(cuts) if attending & {*cut.nodes})
-        around = self._behind(self.port.entries) | self.port.region
-        beside = [n for n in last.nodes if self._weighs(n) and n not in around and not self._follows(n)]
-        return self.carry if beside and last is cuts[-1] else last.end
-
-    def _follows(self, node: fx.Node) -> bool:
-        """Whether an op works on what attentions made."""
-        behind = self._behind([node])
-        return any(behind & {*port.exits} for port in ports_of(self.block))
-
-    def _weighs(self, node: fx.Node) -> bool:
-        """Whether an op is a product of what flows with a parameter."""
-        return op_name(node) in PRODUCTS and any(n not in self.axes.moving for n in node.all_input_nodes)
-
-    def _product(self) -> fx.Node:
-        """The projection through which all goes that the attention makes."""
-        reached = set(self.port.exits)
-        for node in self.block.body.nodes:
-            if node in self.axes.moving and reached & {*node.all_input_nodes}:
-                if self._weighs(node):
-                    return node
-                reached.add(node)
-        raise NoCrossing("no projection follows the attention", self.port.exits[0])
-
-    def _shaped(self, node: fx.Node) -> fx.Node:
-        """The value that follows by layout alone and has the shape of the stream."""
-        shape = self.axes.probe.shape(self.carry)
-        while self.axes.probe.shape(node) != shape:
-            users = [user for user in node.users if op_name(user) in _LAYOUT]
-            if len(users) != 1:
-                raise NoCrossing("what is projected behind the attention has not the shape of the stream", node)
-            (node,) = users
-        return node
-
-    def _first_products(self) -> list[fx.Node]:
-        """The projections between the stream and keys or values."""
-        found: list[fx.Node] = []
-        after: set[fx.Node] = set()
-        behind = self._behind(self.port.keyed)
-        for node in self.block.body.nodes:
-            if node in behind and node in self.axes.moving:
-                if after & {*node.all_input_nodes}:
-                    after.add(node)
-                elif self._weighs(node):
-                    after.add(node)
-                    found.append(node)
-        return found
-
-    def _point(self, product: fx.Node) -> fx.Node:
-        """What goes into a projection, in the shape of the stream."""
-        shape = self.axes.probe.shape(self.carry)
-        (node, *others) = [n for n in product.all_input_nodes if n in self.axes.moving]
-        while not others and self.axes.probe.shape(node) != shape and op_name(node) in _LAYOUT:
-            (node, *others) = [n for n in node.all_input_nodes if n in self.axes.moving]
-        if others or self.axes.probe.shape(node) != shape:
-            raise NoCrossing("what keys and values are projected from has not the shape of the stream", product)
-        return node
-
-
-def _behind(ends: Iterable[fx.Node], stops: Set[fx.Node] = frozenset()) -> set[fx.Node]:
-    """Everything that `ends` are computed from, and they; what `stops` are computed from is left out."""
-    found: set[fx.Node] = set()
-    stack = list(ends)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(() if node in stops else node.all_input_nodes)
-    return found
+    return _Writer(Source(block, port), biased).crossing(lagged, unseen)
 
 
 class _Writer:
     """Writes the layer, and the cross-attention where it belongs."""
 
-    def __init__(self, source: _Source, biased: bool) -> None:
+    def __init__(self, source: Source, biased: bool) -> None:
         self.source, self.biased = source, biased
         self.body, self.moving = source.block.body, source.axes.moving
         self.graph = fx.Graph()
@@ -199,7 +73,7 @@ class _Writer:
         cone = source.memory | source.queries
         copied = tuple(i for i, node in enumerate(slots) if node in cone)
         given = self._inputs([slots[i] for i in copied], lagged, unseen)
-        before = _behind([source.start, *(n for n in cone if n not in self.moving and n.op != "placeholder")])
+        before = behind([source.start, *(n for n in cone if n not in self.moving and n.op != "placeholder")])
         for node in self.body.nodes:
             if node in before:
                 self.own[node] = self.graph.node_copy(node, self.own.__getitem__)
@@ -211,7 +85,7 @@ class _Writer:
                 self.own[node] = self.graph.node_copy(node, self.own.__getitem__)
         self.graph.output((self.own[self.body.results[0]], given["memory"]))
         weights = {n for n in source.product.all_input_nodes if n not in self.moving}
-        zero = _behind(weights)
+        zero = behind(weights)
         return Crossing(
             Block(f"{source.block.name}_crossing", Body(self.graph), 2),
             copied,
@@ -259,7 +133,7 @@ class _Writer:
 
     def _differs(self, node: fx.Node) -> bool:
         """Whether an op has another value for the cross-attention: it reads the stream, or parameters."""
-        return node in self.moving or any(n in self.fresh for n in _behind([node]))
+        return node in self.moving or any(n in self.fresh for n in behind([node]))
 
     def _reader(self, made: Mapping[fx.Node, fx.Node]) -> Callable[[fx.Node], fx.Node]:
         def read(node: fx.Node) -> fx.Node:

@@ -16,7 +16,8 @@ from depthc.ir.params import Init, Mean, Param, Ref
 from depthc.ir.program import Block, Call, Op, Program, Segment
 from depthc.ir.types import Type
 from depthc.passes.base import Pass
-from depthc.passes.crossing import Crossing, NoCrossing, crossing_of, self_attention
+from depthc.passes.crossing import Crossing, crossing_of
+from depthc.passes.crossing_source import NoCrossing, self_attention
 from depthc.passes.glue import wide
 from depthc.passes.layers import layers_of, names_in, require_one_stream, stack_of, with_stack
 from depthc.passes.routing_glue import document_ids
@@ -24,7 +25,7 @@ from depthc.passes.stagger_glue import combine, lagged
 from depthc.passes.subsets import group_of, stream_of
 
 _INT, _BOOL = torch.int64, torch.bool
-_LOCAL = ("window", "span", "band", "chunk")
+_LOCAL = ("window", "span", "band", "chunk")  # which the layer itself has, and the cross-attention has not
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,20 @@ class _Stacks:
                         remedy="stagger a decoder; give documents by position ids instead of a mask of pairs",
                     )
 
+    def _require_known(self, call: Call, mask: Mask) -> None:
+        """Refuse a mask of which the cross-attention's cannot be made."""
+        given = {found.argument for found in self.documents}
+        strange = [f for f in mask.factors if f.kind == "tensor" or (f.kind == "document" and f.of[0] not in given)]
+        local = [f for f in mask.factors if f.kind in _LOCAL] if mask.bias else []
+        if strange or local:
+            raise self.one.refuse(
+                "who may see whom cannot be told from a layer's mask",
+                where=call.layer or call.block,
+                expected="causality, padding, documents by an entry a token; a window where there is no bias",
+                found=str(mask),
+                remedy="give padding as a mask [batch, tokens], and documents by position ids",
+            )
+
     def _masks(self, call: Call) -> tuple[Mask, ...]:
         return masks_of(self.program)[call]
 
@@ -225,14 +240,7 @@ class _Stacks:
         block, index = self.program.blocks[call.block], self._port(call)
         assert index is not None
         mask = self._masks(call)[index]
-        if mask.bias and any(factor.kind in _LOCAL for factor in mask.factors):
-            raise self.one.refuse(
-                "a bias cannot be told from the window that a layer's attention has",
-                where=call.layer or call.block,
-                expected="a mask without a window, or without a bias",
-                found=str(mask),
-                remedy="leave this stack as it is",
-            )
+        self._require_known(call, mask)
         key = call.block, mask.bias
         if key not in self._made:
             batch = self.stream.shape[0] if self.paddings or self.documents else 1

@@ -284,7 +284,7 @@ class Bare(nn.Module):
 
 def test_attention_that_cannot_be_copied_is_refused() -> None:
     refused(Bare(behind=True), "without a projection")
-    refused(Bare(behind=False), "no projection follows")
+    refused(Bare(behind=False), "no projection of it alone follows")
 
 
 def test_stacks_without_attention_are_refused() -> None:
