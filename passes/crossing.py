@@ -16,6 +16,7 @@ from torch import fx
 from depthc.ir.axes.ops import Slot, argument, map_operands, op_name
 from depthc.ir.axes.ports import Port
 from depthc.ir.body import Body, Input
+from depthc.ir.names import Names
 from depthc.ir.program import Block
 from depthc.ir.types import Type
 from depthc.passes.crossing_source import NoCrossing, Source, behind
@@ -72,8 +73,8 @@ class _Writer:
         source, slots = self.source, self.body.placeholders_of("param")
         cone = source.memory | source.queries
         copied = tuple(i for i, node in enumerate(slots) if node in cone)
-        given = self._inputs([slots[i] for i in copied], lagged, unseen)
-        before = behind([source.start, *(n for n in cone if n not in self.moving and n.op != "placeholder")])
+        given = self._inputs([slots[i] for i in copied], {"lagged": lagged, "unseen": unseen})
+        before = behind([source.start, *(n for node in cone for n in node.all_input_nodes if n not in self.moving)])
         for node in self.body.nodes:
             if node in before:
                 self.own[node] = self.graph.node_copy(node, self.own.__getitem__)
@@ -92,31 +93,26 @@ class _Writer:
             frozenset(i for i in copied if slots[i] in zero),
         )
 
-    def _inputs(self, params: list[fx.Node], lagged: Type, unseen: Type) -> dict[str, fx.Node]:
+    def _inputs(self, params: list[fx.Node], new: Mapping[str, Type]) -> dict[str, fx.Node]:
         """Placeholders: the stream, the memory, all others of the layer, the new values, the new parameters."""
-        stream: Any = self.source.carry.meta["input"].type
-        taken, given = {i.name for i in self.body.inputs}, dict[str, fx.Node]()
+        carry, given = self.source.carry, dict[str, fx.Node]()
+        names = Names(i.name for i in self.body.inputs)
+        prefix = Names(i.name.partition(".")[0] for i in self.body.inputs).new("cross")
 
         def add(input: Input) -> fx.Node:
             node = self.graph.placeholder(input.name.replace(".", "_"))
             node.meta["input"] = input
             return node
 
-        def value(name: str, type: Type) -> None:
-            own = name if name not in taken else f"{name}_of_stack"
-            given[name] = add(Input(own, "value", type))
-
-        carry = self.source.carry
         self.own[carry] = self.graph.node_copy(carry)
-        value("memory", stream)
+        given["memory"] = add(Input(names.new("memory"), "value", carry.meta["input"].type))
         for node in self.body.placeholders:
             if node is not carry:
                 self.own[node] = self.graph.node_copy(node)
-        value("lagged", lagged)
-        value("unseen", unseen)
+        given |= {name: add(Input(names.new(name), "value", type)) for name, type in new.items()}
         for node in params:
             info = node.meta["input"]
-            self.fresh[node] = add(Input(f"cross.{info.name}", "param", info.type))
+            self.fresh[node] = add(Input(f"{prefix}.{info.name}", "param", info.type))
         return given
 
     def _crossed(self, start: fx.Node, given: Mapping[str, fx.Node]) -> fx.Node:
@@ -177,34 +173,31 @@ class _Writer:
     def _masked(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any], lagged: fx.Node) -> Any:
         """The arguments of the fused op with another mask."""
         query: Any = node.args[0]
-        mask = self._laid(lagged, self.source.axes.labels[query], query)
-        own = argument(node, 3, "attn_mask")
+        mask, own = self._laid(lagged, self.source.axes.labels[query], query), argument(node, 3, "attn_mask")
         if self.biased and isinstance(own, fx.Node):
-            mask = self._low(self.graph.call_function(aten.add.Tensor, (self.own[own], mask)), query)
+            mask = self._sum(self.own[own], mask, query)
         rest = {n: v for n, v in kwargs.items() if n not in ("attn_mask", "is_causal")}
         return [*args[:3], mask, *args[4:5], *([False] if len(args) > 5 else []), *args[6:]], rest
 
     def _closed(self, scores: fx.Node, label: Any, lagged: fx.Node) -> fx.Node:
         """Scores that are the lowest number where nothing is seen."""
-        mask = self._laid(lagged, label, None)
-        return self._low(self.graph.call_function(aten.add.Tensor, (scores, mask)), None)
+        if label[-1] != (self.source.axes.key,):
+            raise NoCrossing("there are other scores beside those of keys", self.source.port.exits[0])
+        return self._sum(scores, self._laid(lagged, label, self.source.carry), self.source.carry)
 
-    def _low(self, scores: fx.Node, like: fx.Node | None) -> fx.Node:
-        """Scores without minus infinity, of which a softmax would make no numbers."""
-        dtype = (
-            self.source.carry.meta["input"].type.dtype if like is None else self.source.axes.probe.values[like].dtype
-        )
-        return self.graph.call_function(aten.clamp.default, (scores, torch.finfo(dtype).min))
+    def _sum(self, scores: fx.Node, mask: fx.Node, like: fx.Node) -> fx.Node:
+        """Scores and a mask without minus infinity, of which a softmax would make no numbers."""
+        low = torch.finfo(self.source.axes.probe.values[like].dtype).min
+        total = self.graph.call_function(aten.add.Tensor, (scores, mask))
+        return self.graph.call_function(aten.clamp.default, (total, low))
 
-    def _laid(self, lagged: fx.Node, label: Any, like: fx.Node | None) -> fx.Node:
-        """`lagged` for scores [batch, ..., queries, keys]."""
-        axes = self.source.axes
-        if label[0] != (axes.batch,) or label[-2] != (axes.token,) or (like is None and label[-1] != (axes.key,)):
+    def _laid(self, lagged: fx.Node, label: Any, like: fx.Node) -> fx.Node:
+        """`lagged` for scores [batch, ..., queries, keys], in the dtype of a value."""
+        axes, dtypes = self.source.axes, [self.source.axes.probe.values[n].dtype for n in (self.source.carry, like)]
+        if len(label) < 3 or label[0] != (axes.batch,) or label[-2] != (axes.token,):
             raise NoCrossing("its scores have not the axes [batch, ..., queries, keys]", self.source.port.exits[0])
-        for _ in range(len(label) - 4):
-            lagged = self.graph.call_function(aten.unsqueeze.default, (lagged, 1))
         if len(label) == 3:
             lagged = self.graph.call_function(aten.squeeze.dim, (lagged, 1))
-        source = self.source.carry.meta["input"].type.dtype
-        wanted = source if like is None else axes.probe.values[like].dtype
-        return lagged if wanted == source else self.graph.call_function(aten.to.dtype, (lagged, wanted))
+        for _ in range(len(label) - 4):
+            lagged = self.graph.call_function(aten.unsqueeze.default, (lagged, 1))
+        return lagged if len({*dtypes}) == 1 else self.graph.call_function(aten.to.dtype, (lagged, dtypes[1]))

@@ -52,8 +52,8 @@ class Source:
         self.block, self.port, self.axes = block, port, analyse(block)
         self.carry = block.body.placeholders_of("value")[0]
         self._require_softmax()
-        self.start = self._start()
         self.product = self._product()
+        self.start = self._start()
         self.output = self._shaped(self.product)
         self.points = frozenset(self._point(n) for n in self._first_products())
         self.memory = self._behind(port.keyed, self.points)
@@ -87,8 +87,10 @@ class Source:
         return found
 
     def _start(self) -> fx.Node:
+        """What the last sublayer with attention ends with; the carry, where there is something beside attention."""
         ports, cuts = ports_of(self.block), cuts_of(self.block)
-        last, before = self._cut(n for p in ports for n in p.region), self._behind(n for p in ports for n in p.entries)
+        last = self._cut(n for port in ports for n in port.region)
+        before = self._behind([self.product, *(n for port in ports for n in port.entries)])
         beside = [n for n in last.nodes if self._weighs(n) and n not in before and not self._follows(n)]
         return self.carry if beside and last is cuts[-1] else last.end
 

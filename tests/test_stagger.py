@@ -20,7 +20,7 @@ from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 from depthc.passes.stagger import Stagger
 
-from .models import Attention, Spec, Stacked, ids, seeded
+from .models import Spec, Stacked, ids, seeded
 from .routed import BACKWARD, FORWARD, ROWS, captured, changed_last, documents_of, logits_of, weighted
 
 EVERY = (*oracles.KINDS, QK_NORM)
@@ -262,29 +262,101 @@ def test_masks_that_may_not_be_causal_are_refused() -> None:
         run_recipe(captured("post_norm", "packed")[1], recipe_of(Stagger(), {}))
 
 
-class Bare(nn.Module):
-    """Layers without a projection behind their attention, or in front of it."""
+class Odd(nn.Module):
+    """Layers of one attention, each with something that the usual ones have not."""
 
-    def __init__(self, behind: bool) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.behind, self.embed = behind, nn.Embedding(13, 8)
-        self.layers, self.attention = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), Attention("causal")
+        self.kind, self.embed = kind, nn.Embedding(13, 8)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({n: nn.Linear(8, 16 if n == "wide" else 8) for n in ("q", "k", "v", "gate", "wide", "up")})
+            for _ in range(4)
+        )
+        self.out = nn.ModuleList(nn.Linear(16 if kind == "beside" else 8, 8) for _ in range(4))
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.embed(tokens)
-        for layer in self.layers:
-            x = h[:, None]
-            if self.behind:
-                h = h + layer(self.attention.mix(x, x, x, None)[:, 0])
-            else:
-                y = layer(h)[:, None]
-                h = h + self.attention.mix(y, y, y, None)[:, 0]
+        for layer, out in zip(self.layers, self.out, strict=True):
+            h = h + self.change(layer, out, h)
         return h
 
+    def change(self, layer: Any, out: nn.Module, h: Tensor) -> Tensor:
+        q, k, v = (layer[name](h)[:, None] for name in "qkv")
+        match self.kind:
+            case "shared":  # queries are keys
+                return out(mixed(k, k, v))
+            case "gated":
+                return out(mixed(q, k, v) * torch.sigmoid(layer["gate"](h)))
+            case "alone":
+                return out(mixed(q, k, v))
+            case "beside":  # one projection behind attention and MLP
+                return out(torch.cat([mixed(q, k, v), torch.relu(layer["up"](h))], -1))
+            case "bare":
+                return layer["up"](torch.relu(h)) + mixed(q, k, v)
+            case "unprojected":
+                x = h[:, None]
+                return out(mixed(x, x, x))
+            case "twice":
+                return out(mixed(q, k, v) + mixed(v, q, k))
+            case "linear":
+                later = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).triu(1)
+                scores = (q @ k.transpose(-1, -2)).relu().masked_fill(later, 0.0)
+                return out((scores @ v)[:, 0])
+        raise ValueError(self.kind)
 
-def test_attention_that_cannot_be_copied_is_refused() -> None:
-    refused(Bare(behind=True), "without a projection")
-    refused(Bare(behind=False), "no projection of it alone follows")
+
+def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+
+
+@pytest.mark.parametrize("kind", ["shared", "gated", "alone"])
+def test_odd_attention(kind: str) -> None:
+    """The identity; and with o as it is in the layer, the cross-attention is what the layer's own would add."""
+    model = seeded(lambda: Odd(kind)).double()
+    module = depthc.compile(model, "stagger(reinject=False)", args=(ids(),)).eval()
+    assert torch.equal(module(ids()), model(ids()))
+    memory = model.embed(ids())
+    with torch.no_grad():
+        for at in (0, 1):
+            memory = memory + model.change(model.layers[at], model.out[at], memory)
+            zeros = [p for n, p in module.new_parameters().items() if f"stagger.1.{at}." in n and not p.any()]
+            for fresh, own in zip(zeros, model.out[2 + at].parameters(), strict=True):
+                fresh.copy_(own)
+        expected = memory
+        for at in (2, 3):
+            expected = expected + model.change(model.layers[at], model.out[at], expected)
+            expected = expected + lagging(model, at, expected, memory)
+        torch.testing.assert_close(module(ids()), expected, rtol=1e-10, atol=1e-10)
+
+
+def lagging(model: Odd, at: int, x: Tensor, memory: Tensor) -> Tensor:
+    """The attention of a layer to the memory of the tokens before, token by token."""
+    layer, rows = model.layers[at], []
+    for t in range(x.shape[1]):
+        if not t:
+            rows.append(torch.zeros_like(x[:, 0]))
+            continue
+        q = layer["k" if model.kind == "shared" else "q"](x[:, t])
+        k, v = layer["k"](memory[:, :t]), layer["v"](memory[:, :t])
+        weights = (torch.einsum("bd,btd->bt", q, k) / 8**0.5).softmax(-1)
+        found = torch.einsum("bt,btd->bd", weights, v)
+        found = found * torch.sigmoid(layer["gate"](x[:, t])) if model.kind == "gated" else found
+        rows.append(model.out[at](found))
+    return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("beside", "no projection of it alone follows"),
+        ("bare", "no projection of it alone follows"),
+        ("unprojected", "without a projection"),
+        ("twice", "it has 2 self-attentions"),
+        ("linear", "not one softmax"),
+    ],
+)
+def test_attention_that_cannot_be_copied_is_refused(kind: str, match: str) -> None:
+    refused(Odd(kind), match)
 
 
 def test_stacks_without_attention_are_refused() -> None:
