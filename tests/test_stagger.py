@@ -289,6 +289,10 @@ class Odd(nn.Module):
                 return out(mixed(q, k, v) * torch.sigmoid(layer["gate"](h)))
             case "alone":
                 return out(mixed(q, k, v))
+            case "biased":  # by distance; what is closed is minus infinity
+                at = torch.arange(h.shape[1])
+                scores = q @ k.transpose(-1, -2) / 8**0.5 - 0.1 * (at[:, None] - at)
+                return out((scores.masked_fill(at > at[:, None], -torch.inf).softmax(-1) @ v)[:, 0])
             case "beside":  # one projection behind attention and MLP
                 return out(torch.cat([mixed(q, k, v), torch.relu(layer["up"](h))], -1))
             case "bare":
@@ -309,7 +313,7 @@ def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
 
 
-@pytest.mark.parametrize("kind", ["shared", "gated", "alone"])
+@pytest.mark.parametrize("kind", ["shared", "gated", "alone", "biased"])
 def test_odd_attention(kind: str) -> None:
     """The identity; and with o as it is in the layer, the cross-attention is what the layer's own would add."""
     model = seeded(lambda: Odd(kind)).double()
@@ -338,8 +342,8 @@ def lagging(model: Odd, at: int, x: Tensor, memory: Tensor) -> Tensor:
             continue
         q = layer["k" if model.kind == "shared" else "q"](x[:, t])
         k, v = layer["k"](memory[:, :t]), layer["v"](memory[:, :t])
-        weights = (torch.einsum("bd,btd->bt", q, k) / 8**0.5).softmax(-1)
-        found = torch.einsum("bt,btd->bd", weights, v)
+        bias = -0.1 * (t - torch.arange(t)) if model.kind == "biased" else 0
+        found = torch.einsum("bt,btd->bd", (torch.einsum("bd,btd->bt", q, k) / 8**0.5 + bias).softmax(-1), v)
         found = found * torch.sigmoid(layer["gate"](x[:, t])) if model.kind == "gated" else found
         rows.append(model.out[at](found))
     return torch.stack(rows, 1)
