@@ -69,17 +69,34 @@ def step(
 
 
 def _require_flat(program: Program, stack: Stack) -> None:
-    """Refuse layers among other ops, and a memory that changes behind the layers that read it."""
+    """Refuse layers among other ops, and a memory that changes behind a layer that reads it."""
     numbers = [n for n, op in enumerate(stack.ops) if isinstance(op, Call)]
-    inner = stack.ops[numbers[0] : numbers[-1] + 1] if numbers else ()
-    other = next((op for op in (inner or stack.ops) if not isinstance(op, Call)), None)
-    if other is not None:
-        raise IncrementalError(
-            f"sections with a {type(other).__name__.lower()} in them cannot be taken apart",
-            expected="layers alone",
-            found=getattr(other, "name", type(other).__name__.lower()),
-            remedy="use program.step",
-        )
+    inner = stack.ops[numbers[0] : numbers[-1] + 1] if numbers else stack.ops
+    shown: set[str] = set()
+    for op in inner:
+        made = _made(program, op) if isinstance(op, Call) else set()
+        if not isinstance(op, Call) or made & shown:
+            raise IncrementalError(
+                f"the sections of {stack.name!r} cannot be taken apart",
+                where=getattr(op, "layer", "") or type(op).__name__.lower(),
+                expected="layers alone, which read what another section ends with",
+                found=f"a change of {', '.join(made & shown)}" if made else type(op).__name__.lower(),
+                remedy="use program.step",
+            )
+        shown |= {op.reads[i] for i in _late(program, op)}
+
+
+def _made(program: Program, op: Call) -> set[str]:
+    """What a layer writes, but for what it hands on as it is."""
+    body = program.blocks[op.block].body
+    return {name for name, node in zip(op.writes, body.results, strict=True) if node.op != "placeholder"}
+
+
+def _late(program: Program, op: Call) -> set[int]:
+    """The carries of a layer of which it reads no new token, by number."""
+    block = program.blocks[op.block]
+    lagged = lagged_ports(program, op)
+    return set(range(block.carries)) - inputs_now(block, lagged)[0] if lagged else set()
 
 
 class _Sections(Steps):
@@ -114,8 +131,7 @@ class _Sections(Steps):
             return
         self._require_lag(op, lagged)
         self.late[site] = lagged
-        (needed, *_), values = inputs_now(block, lagged), block.body.placeholders_of("value")
-        late = {i for i in range(block.carries) if i not in needed}
+        late, values = _late(self.program, op), block.body.placeholders_of("value")
         reads = [op.reads[0] if i in late else name for i, name in enumerate(op.reads)]
         given = [any(result is values[i] for i in late) for result in block.body.results]
         writes = [f"{site} {name}" if passed else name for name, passed in zip(op.writes, given, strict=True)]
@@ -140,7 +156,9 @@ class _Sections(Steps):
 
     def _show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         """Add what the new tokens show to a layer of another section."""
-        block, here, now = self.program.blocks[op.block], self._positions(None), self.caches[site]
+        block, here, now = self.program.blocks[op.block], self._positions(None), self.caches.get(site)
+        if now is None:  # it has no attention
+            return
         caches = list(now.caches)
         for number in self.late.get(site, ()):
             part = _shown(block, number)
