@@ -5,7 +5,7 @@ How the values of a program behave is in `depthc.ir.plans`; the evaluation of so
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from depthc.ir.continuation import extended
 from depthc.ir.errors import IncrementalError, InputError
-from depthc.ir.plans import Plan, plan_of
+from depthc.ir.plans import plan_of
 from depthc.ir.program import Program, Stack
 from depthc.ir.signature import bind, unbind
 from depthc.ir.steps import Kept, Steps
@@ -53,9 +53,8 @@ def start(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> t
             attention cache; says which and where.
         InputError: arguments that were not captured.
     """
-    plan = plan_of(program)
-    arguments = bind(program.signature.parameters, args, kwargs)
-    return _advance(program, plan, Past(0, arguments, {}, {}))
+    plan_of(program)
+    return advance(program, Past(0, bind(program.signature.parameters, args, kwargs), {}, {}))
 
 
 def step(program: Program, past: Past, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Past]:
@@ -69,6 +68,11 @@ def step(program: Program, past: Past, args: Sequence[Any], kwargs: Mapping[str,
     Raises:
         IncrementalError: an argument that grows is missing, or one that does not was given.
     """
+    return advance(program, continued(program, past, args, kwargs))
+
+
+def continued(program: Program, past: Past, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Past:
+    """A past with the arguments of further tokens, which are still to be evaluated; see `step`."""
     plan = plan_of(program)
     given = bind(program.signature.parameters, args, kwargs)
     arguments = dict(past.arguments)
@@ -89,15 +93,21 @@ def step(program: Program, past: Past, args: Sequence[Any], kwargs: Mapping[str,
                 remedy="pass it to start() alone",
             )
         arguments[name] = extended(arguments[name], value, plan.growing[name])
-    return _advance(program, plan, replace(past, arguments=arguments))
+    return replace(past, arguments=arguments)
 
 
-def _advance(program: Program, plan: Plan, past: Past) -> tuple[Any, Past]:
+def advance(program: Program, past: Past, steps: Callable[..., Steps] = Steps) -> tuple[Any, Past]:
+    """Evaluate the tokens that a past has arguments of, but not yet more: the outputs, and the new past.
+
+    Args:
+        steps: evaluates them: `Steps`, or a class like it.
+    """
     if False not in program.modes:
         raise InputError("the program was captured in train mode only", remedy="capture the model again in eval mode")
     tensors = program.signature.flatten(*unbind(program.signature.parameters, past.arguments))
+    plan = plan_of(program)
     length = program.signature.size_values(tensors)[plan.token]
-    run = Steps(program, plan, past, tensors, length)
+    run = steps(program, plan, past, tensors, length)
     for item in plan.body:
         run.ops(item.ops if isinstance(item, Stack) else (item,), item.name, {})
     fixed = {name: value for name, value in run.values.items() if plan.kinds.get(name) == "fixed"}

@@ -65,7 +65,10 @@ class Svd:
 
 @dataclass(frozen=True)
 class Init:
-    """A fresh tensor: `law` is "zeros", "ones", "eye" or "normal(std)"; drawn from `seed` alone, on the CPU."""
+    """A fresh tensor: `law` is "zeros", "ones", "eye", "last" (zeros but for the last entry, 1) or "normal(std)".
+
+    It is drawn from `seed` alone, on the CPU.
+    """
 
     type: Type
     law: str
@@ -80,6 +83,8 @@ class Init:
             return torch.ones(shape, dtype=self.type.dtype)
         if self.law == "eye":
             return torch.eye(*shape, dtype=self.type.dtype)
+        if self.law == "last":
+            return torch.eye(*shape[-1:], dtype=self.type.dtype)[-1].expand(shape).clone()
         std = float(self.law.removeprefix("normal(").removesuffix(")"))
         generator = torch.Generator().manual_seed(self.seed)
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(self.type.dtype)

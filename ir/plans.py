@@ -36,12 +36,14 @@ class Plan:
         growing: for every argument that grows, the growing dimensions of each of its leaves.
         kinds: of every value that the program's body writes, and of the arguments.
         body: the program's segments and stacks, without what only taps read.
+        reaches: of every call and port, how many of the tokens so far later ones may read; None: all.
     """
 
     token: str
     growing: Mapping[str, tuple[tuple[int, ...], ...]]
     kinds: Mapping[str, Kind]
     body: tuple[Segment | Stack, ...]
+    reaches: Mapping[Call, tuple[int | None, ...]]
 
 
 def plan_of(program: Program) -> Plan:
@@ -77,7 +79,8 @@ def _make_plan(program: Program) -> Plan:
                 expected="outputs that the layers compute token by token",
                 remedy="capture the model without this output (hidden states, masks)",
             )
-    return Plan(token, growing, kinds, program.body)
+    reaches = {call: tuple(mask.reach for mask in masks) for call, masks in masks_of(program).items()}
+    return Plan(token, growing, kinds, program.body, reaches)
 
 
 def _token_size(program: Program) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 class Kept:
     """What the attention ports of one application keep, and the tokens that it is of.
 
-    Batch rows may keep different numbers of tokens: `keys.valid` says which rows are there.
+    A port with a window keeps the last of them alone. Batch rows may keep different numbers of tokens: `keys.valid`
+    says which rows are there.
     """
 
     caches: tuple[Cache | None, ...]
@@ -56,20 +58,24 @@ class Steps:
     def ops(self, ops: Sequence[Op], site: str, indices: Mapping[str, int]) -> None:
         """Run ops in order; `site` names their place, for the caches."""
         for number, op in enumerate(ops):
-            match op:
-                case Loop():
-                    for index in range(sizes.evaluate(op.count, indices)):
-                        self.ops(op.body, f"{site}.{number}[{index}]", {**indices, op.index: index})
-                case _ if is_fixed(found := kinds_of(op, self.kinds)):
-                    self.fixed(op, found, indices)
-                case Select():
-                    self.select(op, indices)
-                case On():
-                    self.on(op, f"{site}.{number}", indices)
-                case Merge():
-                    self.merge(op, f"{site}.{number}", indices)
-                case Segment() | Call():
-                    self.apply(op, f"{site}.{number}", indices)
+            self.op(op, f"{site}.{number}", indices)
+
+    def op(self, op: Op, site: str, indices: Mapping[str, int]) -> None:
+        """Run one op."""
+        match op:
+            case Loop():
+                for index in range(sizes.evaluate(op.count, indices)):
+                    self.ops(op.body, f"{site}[{index}]", {**indices, op.index: index})
+            case _ if is_fixed(found := kinds_of(op, self.kinds)):
+                self.fixed(op, found, indices)
+            case Select():
+                self.select(op, indices)
+            case On():
+                self.on(op, site, indices)
+            case Merge():
+                self.merge(op, site, indices)
+            case Segment() | Call():
+                self.apply(op, site, indices)
 
     def fixed(self, op: Op, found: Mapping[str, Kind], indices: Mapping[str, int]) -> None:
         """Evaluate what no later token changes; once, with the prompt."""
@@ -102,6 +108,8 @@ class Steps:
             return
         with precision(op, self.device):
             results = self._run(op, block, rows, [as_data(self.values[r]) for r in sides], here, site, indices)
+        if tokens is None and isinstance(op, Call) and not op.kv:
+            self._forget(op, block, site)
         self.values.update(zip(op.writes, results, strict=True))
 
     def _run(
@@ -159,6 +167,17 @@ class Steps:
     def _overlays(self, op: Segment | Call, name: str) -> bool:
         """Whether an application lays rows of its own over a slot that another one filled."""
         return isinstance(op, Call) and any(p.mode == "overlay" for p in op.kv) and name in self.caches
+
+    def _forget(self, op: Call, block: Block, site: str) -> None:
+        """Drop keys that no later token reads: of a port with a window, all but the last."""
+        kept, reaches = self.caches.get(site), self.plan.reaches.get(op, ())
+        if kept is None or kept.keys.valid is not None or not any(reach is not None for reach in reaches):
+            return
+        caches = tuple(
+            cache if cache is None or reach is None or port.cross else tuple(map(_last, cache, own, repeat(reach)))
+            for port, cache, own, reach in zip(ports_of(block), kept.caches, cached_of(block), reaches, strict=True)
+        )
+        self.caches[site] = replace(kept, caches=caches)
 
     def _put(self, op: Segment | Call, indices: Mapping[str, int], site: str, kept: Kept) -> None:
         name = self._slot(op, site, indices)
@@ -247,6 +266,14 @@ class Steps:
             _require_unchanged(self.past.stream, value.narrow(dim, 0, self.past.length))
         self.stream = value
         return value.narrow(dim, self.past.length, self.fresh)
+
+
+def _last(cache: Tensor, cached: Cached, count: int) -> Tensor:
+    """The last rows of what is cached, `count` at most; all where they cannot be cut."""
+    if not cached.alone:
+        return cache
+    size = cache.shape[cached.dim]
+    return cache if size <= count else cache.narrow(cached.dim, size - count, count).clone()  # frees the others
 
 
 def _compact(block: Block, kept: Kept) -> Kept:

@@ -37,7 +37,7 @@ def check_params(program: Program) -> None:
                 found = f"{expr.count}, over={expr.over}"
                 _fail(where, "this is no row of copies", expected="numbers of at least 1", found=found)
             if isinstance(expr, Init) and not _is_law(expr.law):
-                _fail(where, "unknown law", expected="zeros, ones, eye or normal(std)", found=expr.law)
+                _fail(where, "unknown law", expected="zeros, ones, eye, last or normal(std)", found=expr.law)
 
 
 def _inner(expr: Expr | None) -> Iterable[Expr]:
@@ -50,7 +50,7 @@ def _inner(expr: Expr | None) -> Iterable[Expr]:
 
 
 def _is_law(law: str) -> bool:
-    return law in ("zeros", "ones", "eye") or _number(law.removeprefix("normal(").removesuffix(")")) is not None
+    return law in ("zeros", "ones", "eye", "last") or _number(law.removeprefix("normal(").removesuffix(")")) is not None
 
 
 def _number(text: str) -> float | None:

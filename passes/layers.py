@@ -57,6 +57,29 @@ def layers_of(one: Pass, stack: Stack) -> tuple[list[Op], list[int]]:
     return ops, [i for i, op in enumerate(ops) if isinstance(op, Call)]
 
 
+def require_one_stream(one: Pass, program: Program, ops: Sequence[Op], layers: Sequence[Call], remedy: str) -> None:
+    """Refuse layers between which more flows than one state of [batch, tokens, features]; `remedy` says what to do."""
+    last = None
+    for call in layers:
+        block = program.blocks[call.block]
+        rank = len(block.body.inputs_of("value")[0].type.shape)  # type: ignore[union-attr]
+        alone = call.writes == layers[-1].writes and call.reads[0] == (last or call.reads[0])
+        if call.kv or len(call.writes) != 1 or block.carries != 1 or rank != 3 or not alone:
+            raise one.refuse(
+                "a layer does more than pass one stream on",
+                where=call.layer or call.block,
+                expected="one state of [batch, tokens, features], which the next layer alone reads",
+                found=f"reads {', '.join(call.reads)}, writes {', '.join(call.writes)}",
+                remedy=remedy,
+            )
+        last = call.writes[0]
+    inner = ops[ops.index(layers[0]) : ops.index(layers[-1]) + 1]
+    between = next((op for op in inner if isinstance(op, Segment)), None)
+    if between is not None:
+        remedy = f"put {type(one).__name__.lower()} earlier in the recipe"
+        raise one.refuse(f"there are other ops between the layers: {between.name}", remedy=remedy)
+
+
 def names_in(program: Program) -> set[str]:
     """Every name of a value, an index or a tap, which a pass must not take for something else."""
 

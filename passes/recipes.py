@@ -10,6 +10,7 @@ from depthc.passes.loop import Loop
 from depthc.passes.mod import Mod
 from depthc.passes.recipe import Recipe
 from depthc.passes.route import Route
+from depthc.passes.stagger import Stagger
 from depthc.passes.stride import Stride
 from depthc.passes.tie import Tie
 from depthc.passes.tokenchoice import TokenChoice
@@ -26,6 +27,8 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe((Mod(),), "mod"),
         Recipe((Widen(),), "altup"),
         Recipe((Stride(),), "altup_sequence"),
+        Recipe((Stagger(),), "stagformer"),
+        Recipe((Stagger(shared=True),), "stagformer_shared"),
     )
 }
 

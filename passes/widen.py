@@ -13,7 +13,7 @@ from depthc.ir.types import Type
 from depthc.passes.base import Pass, text_of
 from depthc.passes.ends import Ends
 from depthc.passes.glue import wide
-from depthc.passes.layers import layers_of, names_in, stack_of, with_stack
+from depthc.passes.layers import layers_of, names_in, require_one_stream, stack_of, with_stack
 from depthc.passes.subsets import group_of, stream_of
 from depthc.passes.widen_ends import with_wide_ends
 from depthc.passes.widen_glue import collapse, correct, predict, routed_correct, routed_predict, split
@@ -86,7 +86,8 @@ class Widen(Pass):
         stack = stack_of(self, program, self.stack)
         ops, places = layers_of(self, stack)
         layers: list[Call] = [ops[at] for at in places]  # type: ignore[misc]
-        self._require_one_stream(program, ops, layers)
+        remedy = "widen a model that does not return or skip to what its inner layers compute"
+        require_one_stream(self, program, ops, layers, remedy)
         stream, names = stream_of(program, layers[0]), Names(names_in(program))
         layer = _Layer(self, stream, group_of(program, "widen"), names)
         first, last = layers[0].reads[0], layers[-1].writes[0]
@@ -103,27 +104,6 @@ class Widen(Pass):
             return widened
         ends = Ends(self, program, stack, 'use embedding="replicated", or "recycled", which leave it as it is')
         return with_wide_ends(ends, widened, (first, last), layer.states, layer.group)
-
-    def _require_one_stream(self, program: Program, ops: Sequence[Op], layers: Sequence[Call]) -> None:
-        """Refuse layers between which more flows than one state of [batch, tokens, features]."""
-        last = None
-        for call in layers:
-            rank = len(stream_of(program, call).shape)
-            alone = call.writes == layers[-1].writes and call.reads[0] == (last or call.reads[0])
-            if call.kv or len(call.writes) != 1 or rank != 3 or not alone:
-                raise self.refuse(
-                    "a layer does more than pass one stream on",
-                    where=call.layer or call.block,
-                    expected="one state of [batch, tokens, features], which the next layer alone reads",
-                    found=f"reads {', '.join(call.reads)}, writes {', '.join(call.writes)}",
-                    remedy="widen a model that does not return or skip to what its inner layers compute",
-                )
-            last = call.writes[0]
-        inner = ops[ops.index(layers[0]) : ops.index(layers[-1]) + 1]
-        between = next((op for op in inner if isinstance(op, Segment)), None)
-        if between is not None:
-            remedy = "put widen earlier in the recipe"
-            raise self.refuse(f"there are other ops between the layers: {between.name}", remedy=remedy)
 
 
 class _Layer:

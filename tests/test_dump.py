@@ -37,6 +37,7 @@ RECIPES = {
     "mod": "mod(capacity=0.5)",
     "widen": "widen()",
     "stride": "stride(every=2)",
+    "stagger": "stagger()",
     "keep": "keep(capacities=(1.0, 1.0, 0.5, 0.5, 0.25, 0.25))",
 }
 

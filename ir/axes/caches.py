@@ -36,6 +36,11 @@ class Cached:
     batch: int | None
     elements: int
 
+    @property
+    def alone(self) -> bool:
+        """Whether the rows have a dimension of their own, from which some can be cut."""
+        return len(self.label[self.dim]) == 1
+
 
 def cached_of(block: Block) -> tuple[tuple[Cached, ...], ...]:
     """What each port of a block caches; computed once a block body."""

@@ -248,9 +248,13 @@ class Walk:
         carry = tuple(size.subs(bound, simultaneous=True) for size in shapes[block.body.placeholders_of("value")[0]])
         length = carry[axes.labels[block.body.placeholders_of("value")[0]].index((axes.token,))]
         total = sympy.S.Zero
-        for port, own in zip(ports, cached_of(block), strict=True):
+        whole = self.region is None and not plans and isinstance(op, Call)
+        reaches = [mask.reach for mask in masks_of(self.program)[op]] if whole else [None] * len(ports)  # type: ignore
+        for port, own, reach in zip(ports, cached_of(block), reaches, strict=True):
             rows = length if port.cross or self.region is None or overlays else self.region.rows
             for cached in own:
+                if reach is not None and cached.alone and not port.cross:
+                    rows = sympy.Min(length, reach)
                 size = axes.probe.values[cached.node].dtype.itemsize
                 total += size * sympy.Mul(*shapes[cached.node]).subs(bound, simultaneous=True) * rows / length
         name = slot if slot and slot not in self.kept else f"{len(self.kept)}"

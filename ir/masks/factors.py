@@ -43,6 +43,13 @@ class Factor:
         """Whether it alone keeps queries from reading later keys."""
         return self.kind == "causal" or (self.kind == "span" and self.of[1] is not None and self.of[1] <= 0)
 
+    @property
+    def reach(self) -> int | None:
+        """How many tokens before a query the furthest key is that it alone leaves; None where there is no bound."""
+        if self.kind == "window":
+            return int(self.of[0]) - 1
+        return -self.of[0] if self.kind == "span" and self.of[0] is not None else None
+
     def matrix(self, length: int) -> Tensor:
         """The relation among `length` tokens; only of kinds that read no argument."""
         place = torch.arange(length, dtype=torch.int32)

@@ -53,6 +53,16 @@ class Mask:
         """Whether no query reads a later key, whatever the arguments are."""
         return any(f.causal for f in self.factors)
 
+    @property
+    def reach(self) -> int | None:
+        """How many of the tokens so far the next query may read at most, whatever the arguments are; None: all.
+
+        Example:
+            >>> Mask((Factor("causal"), Factor("window", (4,)))).reach, Mask((Factor("causal"),)).reach
+            (3, None)
+        """
+        return min((f.reach for f in self.factors if f.reach is not None), default=None)
+
     def __str__(self) -> str:
         return (" & ".join(map(str, self.factors)) or "full") + (" + bias" if self.bias else "")
 

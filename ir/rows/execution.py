@@ -30,7 +30,7 @@ class Execution:
         caches: one a port.
         positions, valid: of the rows at hand.
         slots: where packed rows are among the padded ones that `positions` and `valid` speak of; None: they are padded.
-        keys: of the rows in the caches; their count is that of the cache.
+        keys: of the rows in the caches; a cache of fewer rows holds the last of them.
         ordered: whether positions ascend.
         causal: of every port, whether its mask is known to be causality and no more; empty: of none.
         length: the number of all tokens, if it is known.
@@ -76,7 +76,7 @@ class Execution:
         if source == "own" or cache is None:
             return here
         count = cache[0].shape[self.schedule.cached[port][0].dim]
-        kept = Rows(count, keys.positions, keys.valid)
+        kept = keys.last(count)
         return kept.followed_by(here, self.sizes.batch, cache[0].device) if source == "append" else kept
 
     def results(self) -> tuple[Tensor, ...]:

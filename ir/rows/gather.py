@@ -33,6 +33,11 @@ class Rows:
         """Positions as a tensor."""
         return torch.arange(self.count, device=device)[None] if self.positions is None else self.positions
 
+    def last(self, count: int) -> Rows:
+        """The last `count` of these tokens, as far as they are listed."""
+        positions, valid = (x if x is None else x[:, x.shape[1] - count :] for x in (self.positions, self.valid))
+        return Rows(count, positions, valid)
+
     def followed_by(self, other: Rows, batch: int, device: torch.device) -> Rows:
         """These tokens and then others; without positions, all of them are the first ones in order."""
         positions = valid = None

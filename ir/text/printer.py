@@ -6,7 +6,8 @@ import ast
 from collections.abc import Iterable, Iterator, Sequence
 
 from depthc.ir.params import Expr, Init, Mean, Param, Ref, Shuffle, Svd, Tile
-from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap
+from depthc.ir.program import Call, Kv, Loop, Merge, On, Op, Program, Segment, Select, Stack, Tap, calls
+from depthc.ir.sections import sections_of
 from depthc.ir.signature import Leaf, Signature
 from depthc.ir.text.fold import Piece, Statement, fold, joined, line, number, words, write
 from depthc.ir.text.functions import Function, bound_name, collect, derived_params, function_key, prefix_of, walk
@@ -128,7 +129,9 @@ class _Printer:
     def _op(self, op: Op | Stack) -> Statement:
         match op:
             case Stack():
-                return Statement(("with stack(", words("string", op.name), "):"), self._ops(op.ops))
+                return Statement(
+                    ("with stack(", words("string", op.name), f"):{self._sections(op)}"), self._ops(op.ops)
+                )
             case Call():
                 return self._call(op)
             case Segment():
@@ -156,6 +159,13 @@ class _Printer:
             case Tap():
                 return line("tap(", words("string", op.name), ", ", words("value", op.read), ")")
         raise TypeError(f"not an op: {op!r}")
+
+    def _sections(self, stack: Stack) -> str:
+        """A comment where generation can run parts of a step at the same time; no reader needs it."""
+        if all(self.program.blocks[one.block].carries == 1 for one, _ in calls(stack.ops)):
+            return ""
+        depths = [str(section.depth) for section in sections_of(self.program, stack)]
+        return f"  # sections side by side in a step: {', '.join(depths)} layers" if len(depths) > 1 else ""
 
     def _call(self, op: Call) -> Statement:
         function = self.functions["block", op.block]

@@ -1,0 +1,230 @@
+"""Side by side: a step of generation whose sections run in any order, or at the same time.
+
+The sections of a step (see `depthc.ir.sections`) read of each other only what was made of earlier tokens, and that is
+in the caches. A section runs with those alone; what the new tokens show to other sections is added when all have run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from depthc.ir.axes.analysis import analyse
+from depthc.ir.axes.caches import cached_of
+from depthc.ir.body import Body, InputKind
+from depthc.ir.errors import IncrementalError
+from depthc.ir.evaluate import as_data, indexed
+from depthc.ir.incremental import Past, advance, continued
+from depthc.ir.masks.masks import masks_of
+from depthc.ir.memo import once
+from depthc.ir.plans import plan_of
+from depthc.ir.program import Block, Call, Kv, Op, Program, Segment, Stack
+from depthc.ir.rows.execution import Cache
+from depthc.ir.rows.gather import append_rows
+from depthc.ir.rows.run import run_rows
+from depthc.ir.sections import Section, inputs_now, lag_of, lagged_ports, sections_of
+from depthc.ir.steps import Kept, Steps
+
+
+def step(
+    program: Program, past: Past, args: Sequence[Any], kwargs: Mapping[str, Any], order: Sequence[int] | None = None
+) -> tuple[Any, Past]:
+    """A step as `Program.step` makes it, section after section in the order given.
+
+    Args:
+        past, args, kwargs: as of `Program.step`; no more new tokens than the smallest lag.
+        order: the numbers of the last stack's sections; None: as they begin in the program.
+
+    Returns:
+        The outputs of the new tokens, and the new past: the same in every order.
+
+    Raises:
+        IncrementalError: the layers need each other in a step, or new tokens would see what others of them show.
+
+    Example:
+        >>> logits, past = step(program, past, (), {"input_ids": token}, order=(1, 0))  # doctest: +SKIP
+    """
+    stack = next(item for item in reversed(plan_of(program).body) if isinstance(item, Stack))
+    sections = sections_of(program, stack)
+    chosen = list(range(len(sections))) if order is None else list(order)
+    if len(sections) < 2:
+        raise IncrementalError(
+            f"the layers of {stack.name!r} cannot run side by side",
+            expected="sections that read of each other only what lags behind by a token or more",
+            found="layers of which each needs the one before in the same step",
+            remedy="use program.step; stacks that are staggered with lag >= 1 and reinject=True have such sections",
+        )
+    if sorted(chosen) != list(range(len(sections))):
+        remedy = "name every section once"
+        raise IncrementalError(
+            "not an order of the sections", expected=f"0 to {len(sections) - 1}", found=str(chosen), remedy=remedy
+        )
+    _require_flat(program, stack)
+    return advance(
+        program, continued(program, past, args, kwargs), lambda *given: _Sections(stack, sections, chosen, *given)
+    )
+
+
+def _require_flat(program: Program, stack: Stack) -> None:
+    """Refuse layers among other ops, and a memory that changes behind a layer that reads it."""
+    numbers = [n for n, op in enumerate(stack.ops) if isinstance(op, Call)]
+    inner = stack.ops[numbers[0] : numbers[-1] + 1] if numbers else stack.ops
+    shown: set[str] = set()
+    for op in inner:
+        made = _made(program, op) if isinstance(op, Call) else set()
+        if not isinstance(op, Call) or made & shown:
+            raise IncrementalError(
+                f"the sections of {stack.name!r} cannot be taken apart",
+                where=getattr(op, "layer", "") or type(op).__name__.lower(),
+                expected="layers alone, which read what another section ends with",
+                found=f"a change of {', '.join(made & shown)}" if made else type(op).__name__.lower(),
+                remedy="use program.step",
+            )
+        shown |= {op.reads[i] for i in _late(program, op)}
+
+
+def _made(program: Program, op: Call) -> set[str]:
+    """What a layer writes, but for what it hands on as it is."""
+    body = program.blocks[op.block].body
+    return {name for name, node in zip(op.writes, body.results, strict=True) if node.op != "placeholder"}
+
+
+def _late(program: Program, op: Call) -> set[int]:
+    """The carries of a layer of which it reads no new token, by number."""
+    block = program.blocks[op.block]
+    lagged = lagged_ports(program, op)
+    return set(range(block.carries)) - inputs_now(block, lagged)[0] if lagged else set()
+
+
+class _Sections(Steps):
+    """Evaluates new tokens section by section."""
+
+    def __init__(self, stack: Stack, sections: Sequence[Section], order: Sequence[int], *given: Any) -> None:
+        super().__init__(*given)
+        self.stack, self.sections, self.order = stack, sections, order
+        self.late: dict[str, tuple[int, ...]] = {}  # by place: the ports whose keys are added when all have run
+
+    def ops(self, ops: Sequence[Op], site: str, indices: Mapping[str, int]) -> None:
+        """Run ops in order; the layers of the last stack by sections."""
+        if ops is not self.stack.ops:
+            super().ops(ops, site, indices)
+            return
+        places = [n for n, op in enumerate(ops) if isinstance(op, Call)]
+        for n in range(places[0]):
+            self.op(ops[n], f"{site}.{n}", indices)
+        for number in self.order:
+            for n in (places[at] for at in self.sections[number].numbers):
+                self._run_alone(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
+        for n in places:
+            self._show(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
+        for n in range(places[-1] + 1, len(ops)):
+            self.op(ops[n], f"{site}.{n}", indices)
+
+    def _run_alone(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
+        """A layer without the memory of the new tokens: the stream stands in for it, and none of them reads it."""
+        block, lagged = self.program.blocks[op.block], lagged_ports(self.program, op)
+        if not lagged:
+            self.op(op, site, indices)
+            return
+        self._require_lag(op, lagged)
+        self.late[site] = lagged
+        late, values = _late(self.program, op), block.body.placeholders_of("value")
+        reads = [op.reads[0] if i in late else name for i, name in enumerate(op.reads)]
+        given = [any(result is values[i] for i in late) for result in block.body.results]
+        writes = [f"{site} {name}" if passed else name for name, passed in zip(op.writes, given, strict=True)]
+        self.op(replace(op, reads=tuple(reads), writes=tuple(writes)), site, indices)
+
+    def _require_lag(self, op: Call, lagged: Sequence[int]) -> None:
+        lag = min(lag_of(masks_of(self.program)[op][port]) for port in lagged)
+        if self.fresh > lag:
+            raise IncrementalError(
+                f"{self.fresh} new tokens would see what others of them show",
+                where=op.layer or op.block,
+                expected=f"{lag} new tokens at most, the lag",
+                found=str(self.fresh),
+                remedy="use program.step, or give the tokens one by one",
+            )
+
+    def _plans(self, op: Segment | Call, block: Block, site: str, indices: Mapping[str, int]) -> tuple[list[Kv], Kept]:
+        plans, kept = super()._plans(op, block, site, indices)
+        for port in self.late.get(site, ()):
+            plans[port] = Kv("read", "")
+        return plans, kept
+
+    def _show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
+        """Add what the new tokens show to a layer of another section."""
+        block, here, now = self.program.blocks[op.block], self._positions(None), self.caches.get(site)
+        if now is None:  # it has no attention
+            return
+        caches = list(now.caches)
+        for number in self.late.get(site, ()):
+            part = _shown(block, number)
+            rows, _ = run_rows(
+                part.block,
+                [self._rows_of(op.reads[part.carry], block)],
+                [as_data(self.values[op.reads[i]]) for i in part.values],
+                [self.evaluator.param(indexed(op.params[i], indices)) for i in part.params],
+                [op.consts[i] for i in part.consts],
+                positions=here.positions,
+                ordered=True,
+                length=self.length,
+                device=self.device,
+            )
+            old: Cache = caches[number] or ()
+            pairs = zip(old, rows, cached_of(block)[number], strict=True)
+            caches[number] = tuple(append_rows(a, b, cached.dim) for a, b, cached in pairs)
+        self.caches[site] = replace(now, caches=tuple(caches))
+        self._forget(op, block, site)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """What one port of a block keeps of a carry, as a block of its own.
+
+    Attributes:
+        block: its carry is that carry; its results are what the port keeps.
+        carry: the number of the carry among the whole block's values.
+        values, params, consts: the whole block's inputs that it takes, by number; the carry is not in `values`.
+    """
+
+    block: Block
+    carry: int
+    values: tuple[int, ...]
+    params: tuple[int, ...]
+    consts: tuple[int, ...]
+
+
+def _shown(block: Block, port: int) -> _Shown:
+    return once(block, "shown", lambda: _make_shown(block, port), port)
+
+
+def _make_shown(block: Block, port: int) -> _Shown:
+    wanted = [cached.node for cached in cached_of(block)[port]]
+    carries, moving = block.body.placeholders_of("value")[: block.carries], analyse(block).moving
+    needed: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    read = {n for node in needed & moving for n in node.all_input_nodes}
+    (carry,) = (n for n in carries if n in read or n in wanted)
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    copies[carry] = graph.node_copy(carry)
+    for node in (*block.body.placeholders, *block.body.nodes):
+        if node in carries:
+            copies.setdefault(node, copies[carry])  # of other carries only sizes are read
+        elif node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in wanted))
+
+    def chosen(kind: InputKind) -> tuple[int, ...]:
+        return tuple(i for i, n in enumerate(block.body.placeholders_of(kind)) if n in needed and n not in carries)
+
+    number = carries.index(carry)
+    part = Block(f"{block.name}_shown", Body(graph))
+    return _Shown(part, number, chosen("value"), chosen("param"), chosen("const"))
