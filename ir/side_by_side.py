@@ -6,8 +6,9 @@ in the caches. A section runs with those alone; what the new tokens show to othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -24,7 +25,6 @@ from depthc.ir.plans import plan_of
 from depthc.ir.program import Block, Call, Kv, Op, Program, Segment, Stack
 from depthc.ir.rows.execution import Cache
 from depthc.ir.rows.gather import append_rows
-from depthc.ir.rows.run import run_rows
 from depthc.ir.sections import Section, inputs_now, lag_of, lagged_ports, sections_of
 from depthc.ir.steps import Kept, Steps
 
@@ -47,8 +47,7 @@ def step(
     Example:
         >>> logits, past = step(program, past, (), {"input_ids": token}, order=(1, 0))  # doctest: +SKIP
     """
-    stack = next(item for item in reversed(plan_of(program).body) if isinstance(item, Stack))
-    sections = sections_of(program, stack)
+    stack, sections = sections_in(program)
     chosen = list(range(len(sections))) if order is None else list(order)
     if len(sections) < 2:
         raise IncrementalError(
@@ -62,13 +61,19 @@ def step(
         raise IncrementalError(
             "not an order of the sections", expected=f"0 to {len(sections) - 1}", found=str(chosen), remedy=remedy
         )
-    _require_flat(program, stack)
+    require_flat(program, stack)
     return advance(
-        program, continued(program, past, args, kwargs), lambda *given: _Sections(stack, sections, chosen, *given)
+        program, continued(program, past, args, kwargs), lambda *given: Sections(stack, sections, chosen, *given)
     )
 
 
-def _require_flat(program: Program, stack: Stack) -> None:
+def sections_in(program: Program) -> tuple[Stack, tuple[Section, ...]]:
+    """The last stack and its sections."""
+    stack = next(item for item in reversed(plan_of(program).body) if isinstance(item, Stack))
+    return stack, sections_of(program, stack)
+
+
+def require_flat(program: Program, stack: Stack) -> None:
     """Refuse layers among other ops, and a memory that changes behind a layer that reads it."""
     numbers = [n for n, op in enumerate(stack.ops) if isinstance(op, Call)]
     inner = stack.ops[numbers[0] : numbers[-1] + 1] if numbers else stack.ops
@@ -99,7 +104,7 @@ def _late(program: Program, op: Call) -> set[int]:
     return set(range(block.carries)) - inputs_now(block, lagged)[0] if lagged else set()
 
 
-class _Sections(Steps):
+class Sections(Steps):
     """Evaluates new tokens section by section."""
 
     def __init__(self, stack: Stack, sections: Sequence[Section], order: Sequence[int], *given: Any) -> None:
@@ -115,13 +120,21 @@ class _Sections(Steps):
         places = [n for n, op in enumerate(ops) if isinstance(op, Call)]
         for n in range(places[0]):
             self.op(ops[n], f"{site}.{n}", indices)
-        for number in self.order:
-            for n in (places[at] for at in self.sections[number].numbers):
-                self._run_alone(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
+        layers = [[places[at] for at in self.sections[number].numbers] for number in self.order]
+        self.side_by_side([partial(self._section, ops, own, site, indices) for own in layers])
         for n in places:
             self._show(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
         for n in range(places[-1] + 1, len(ops)):
             self.op(ops[n], f"{site}.{n}", indices)
+
+    def side_by_side(self, sections: Sequence[Callable[[], None]]) -> None:
+        """Run sections, of which none needs another."""
+        for section in sections:
+            section()
+
+    def _section(self, ops: Sequence[Op], places: Sequence[int], site: str, indices: Mapping[str, int]) -> None:
+        for n in places:
+            self._run_alone(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
 
     def _run_alone(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         """A layer without the memory of the new tokens: the stream stands in for it, and none of them reads it."""
@@ -156,28 +169,38 @@ class _Sections(Steps):
 
     def _show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         """Add what the new tokens show to a layer of another section."""
-        block, here, now = self.program.blocks[op.block], self._positions(None), self.caches.get(site)
+        block, now = self.program.blocks[op.block], self.caches.get(site)
         if now is None:  # it has no attention
             return
         caches = list(now.caches)
         for number in self.late.get(site, ()):
-            part = _shown(block, number)
-            rows, _ = run_rows(
-                part.block,
-                [self._rows_of(op.reads[part.carry], block)],
-                [as_data(self.values[op.reads[i]]) for i in part.values],
-                [self.evaluator.param(indexed(op.params[i], indices)) for i in part.params],
-                [op.consts[i] for i in part.consts],
-                positions=here.positions,
-                ordered=True,
-                length=self.length,
-                device=self.device,
-            )
+            rows = self.shown(op, number, indices)
             old: Cache = caches[number] or ()
             pairs = zip(old, rows, cached_of(block)[number], strict=True)
             caches[number] = tuple(append_rows(a, b, cached.dim) for a, b, cached in pairs)
         self.caches[site] = replace(now, caches=tuple(caches))
         self._forget(op, block, site)
+
+    def shown(self, op: Call, number: int, indices: Mapping[str, int]) -> Cache:
+        """What one port of a layer keeps of the new tokens."""
+        block = self.program.blocks[op.block]
+        part = _shown(block, number)
+        rows, _ = self.run_rows(
+            part.block,
+            [self._rows_of(op.reads[part.carry], block)],
+            [as_data(self.values[op.reads[i]]) for i in part.values],
+            [self.evaluator.param(indexed(op.params[i], indices)) for i in part.params],
+            [op.consts[i] for i in part.consts],
+            positions=self._positions(None).positions,
+            kv=(),
+            caches=(),
+            ordered=True,
+            causal=(),
+            length=self.length,
+            training=False,
+            device=self.device,
+        )
+        return rows  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, eq=False)

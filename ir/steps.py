@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -54,6 +54,7 @@ class Steps:
         self.caches: dict[str, Kept] = {}
         self.stream: Tensor | None = None
         self.device, self.fresh = device, length - past.length
+        self.run_rows: Callable[..., Any] = run_rows
 
     def ops(self, ops: Sequence[Op], site: str, indices: Mapping[str, int]) -> None:
         """Run ops in order; `site` names their place, for the caches."""
@@ -123,7 +124,7 @@ class Steps:
         indices: Mapping[str, int],
     ) -> tuple[Tensor, ...]:
         plans, kept = self._plans(op, block, site, indices)
-        results, caches = run_rows(
+        results, caches = self.run_rows(
             block,
             rows,
             sides,

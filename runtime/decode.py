@@ -21,15 +21,16 @@ from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import IncrementalError, InputError
 from depthc.ir.evaluate import indexed
 from depthc.ir.incremental import Past
-from depthc.ir.plans import Plan, plan_of, token_dim
+from depthc.ir.plans import plan_of, token_dim
 from depthc.ir.program import Block, Call, Kv, Merge, On, Program, Segment, Select, Stack
 from depthc.ir.rows.execution import Cache
 from depthc.ir.rows.gather import Rows
+from depthc.ir.side_by_side import Sections, require_flat, sections_in
 from depthc.ir.signature import bind, unbind
 from depthc.ir.steps import Steps
 from depthc.ir.text.functions import walk
 from depthc.ir.tokens import TokenSet
-from depthc.runtime.generate import _scoring, _slots
+from depthc.runtime.generate import _scoring, _Slots, _slots
 
 _FAR = 0.05  # relative errors of bf16 are far below
 
@@ -50,6 +51,7 @@ class Decoder:
     Attributes:
         logits: [batch, vocabulary], those behind the last token so far. A step writes over them where a graph is held.
         place: how many tokens there are so far.
+        sections: how many layers each part of a step has that runs beside the others (`depthc.ir.sections`).
 
     Raises:
         IncrementalError: the program has no incremental form, or none of fixed shapes; says why.
@@ -84,17 +86,22 @@ class Decoder:
             )
         others = dict(arguments or {})
         slots = _slots(self.program, argument, others)
-        logits, past = self.program.start(**{slots.tokens: prompt}, **others)
-        self.logits = logits[:, -1]
+        self.logits, self._past = self._read(prompt, slots, others)
         masks = {name: _lengthened(others[name], length, on) for name, (_, on) in slots.masks.items()}
         self._tokens = _lengthened(prompt, length, 0)
         arguments = bind(self.program.signature.parameters, (), {**others, **masks, slots.tokens: self._tokens})
         self._tensors = self.program.signature.flatten(*unbind(self.program.signature.parameters, arguments))
-        self._past, self._caches = past, Caches()
+        self._caches = Caches()
         self._at = torch.full((1, 1), self.place - 1, device=prompt.device)
         self._run_rows = RowsLowering(torch.compile if compile else lambda function: function)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._require_agreement()
+        stack, sections = sections_in(self.program)
+        self.sections = tuple(section.depth for section in sections)
+        self._sections = (stack, sections, range(len(sections))) if len(sections) > 1 else None
+        if self._sections:
+            require_flat(self.program, stack)
+        if self._past.length < self.place:
+            self._require_agreement()
         if prompt.is_cuda if graph is None else graph:
             self._hold()
 
@@ -121,10 +128,27 @@ class Decoder:
         self.place += 1
         return self.logits
 
+    def _read(self, prompt: Tensor, slots: _Slots, others: Mapping[str, Any]) -> tuple[Tensor, Past]:
+        """The logits behind a prompt, and the past of all its tokens but the last, which a step is tried with.
+
+        A prompt of two tokens is taken whole.
+        """
+        first = self.place - 1 if self.place > 2 else self.place  # one token alone may not be what was captured
+        masks = {name: others[name] for name in slots.masks}
+
+        def part(start: int, end: int) -> dict[str, Any]:
+            return {name: x[:, start:end] for name, x in {**masks, slots.tokens: prompt}.items()}
+
+        logits, past = self.program.start(**{**others, **part(0, first)})
+        if self.place > first:
+            logits, _ = self.program.step(past, **part(first, self.place))
+        return logits[:, -1], past
+
     def _advance(self) -> Tensor:
         """The step at `_at`; caches are written over."""
-        steps = FixedSteps(self.program, self.plan, self._past, self._tensors, self._caches, self._at, self.length)
-        steps.run_rows = self._run_rows
+        given = self.program, self.plan, self._past, self._tensors, self.length
+        steps = Fixed(*given) if self._sections is None else FixedSections(*self._sections, *given)
+        steps.fix(self._caches, self._at, self._run_rows)
         for item in self.plan.body:
             steps.ops(item.ops if isinstance(item, Stack) else (item,), item.name, {})
         return self.program.signature.unflatten(steps.values)[:, -1]  # type: ignore[no-any-return]
@@ -159,23 +183,17 @@ class Decoder:
         self.logits = found
 
 
-class FixedSteps(Steps):
+class Fixed(Steps):
     """Evaluates one token at a place that only the device knows, with caches that have a row for every place."""
 
-    def __init__(
-        self,
-        program: Program,
-        plan: Plan,
-        past: Past,
-        tensors: Mapping[str, Tensor],
-        caches: Caches,
-        place: Tensor,
-        length: int,
-    ) -> None:
-        super().__init__(program, plan, past, tensors, length)
-        self.static, self.place = caches, place
-        self.run_rows: Callable[..., Any] = RowsLowering()
-        self.every = torch.arange(length, device=place.device)[None]
+    def fix(self, caches: Caches, place: Tensor, run_rows: Callable[..., Any]) -> None:
+        """Say where the token is and what is kept; before anything is run."""
+        self.static, self.place, self.run_rows, self.fresh = caches, place, run_rows, 1
+        self.every = torch.arange(self.length, device=place.device)[None]
+
+    def lagging(self, site: str) -> tuple[int, ...]:
+        """The ports of an application to which the token itself is added later."""
+        return ()
 
     def _positions(self, tokens: TokenSet | None) -> Rows:
         return Rows(1, self.place)
@@ -195,7 +213,7 @@ class FixedSteps(Steps):
         indices: Mapping[str, int],
     ) -> tuple[Tensor, ...]:
         ports, name = ports_of(block), self._slot(op, site, indices)
-        kept = self._kept(name, block)
+        kept, lagging = self._kept(name, block), self.lagging(site)
         results, written = self.run_rows(
             block,
             rows,
@@ -205,7 +223,7 @@ class FixedSteps(Steps):
             positions=here.positions,
             key_positions=self.every,
             key_valid=self.every <= self.place,
-            kv=[Kv("read" if port.cross else "update", "cache") for port in ports],
+            kv=[Kv("read" if port.cross or n in lagging else "update", "cache") for n, port in enumerate(ports)],
             caches=kept,
             ordered=True,
             causal=(),
@@ -213,8 +231,8 @@ class FixedSteps(Steps):
             training=False,
             device=self.device,
         )
-        for port, old, new in zip(ports, kept, written, strict=True):
-            if not port.cross:
+        for number, (port, old, new) in enumerate(zip(ports, kept, written, strict=True)):
+            if not (port.cross or number in lagging):
                 for own, renewed in zip(old or (), new or (), strict=True):
                     own.copy_(renewed)
         return results  # type: ignore[no-any-return]
@@ -232,7 +250,45 @@ class FixedSteps(Steps):
         return self.static[name]
 
     def _longer(self, cache: Tensor, layout: Cached) -> Tensor:
-        return _lengthened(cache, self.length, 0, layout.dim)
+        """A cache with a row for every place; of a window the prompt left its last rows alone."""
+        if not layout.alone:
+            raise IncrementalError(
+                "keys share their dimension with others and cannot get more rows",
+                expected="a cache with a dimension for the tokens",
+                found=f"one of shape {list(cache.shape)}",
+                remedy="use generate, or program.step",
+            )
+        missing = list(cache.shape)
+        missing[layout.dim] = self.past.length - cache.shape[layout.dim]
+        rows = torch.cat([cache.new_zeros(missing), cache], layout.dim)
+        return _lengthened(rows, self.length, 0, layout.dim)
+
+
+class FixedSections(Fixed, Sections):
+    """The same of a program whose layers are sections that run at the same time: branches of a CUDA graph."""
+
+    def lagging(self, site: str) -> tuple[int, ...]:
+        return self.late.get(site, ())
+
+    def side_by_side(self, sections: Sequence[Callable[[], None]]) -> None:
+        if not self.place.is_cuda:
+            super().side_by_side(sections)
+            return
+        # None of them runs on the current stream: what that frees meanwhile is not given to others.
+        current, streams = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in sections]
+        for stream, section in zip(streams, sections, strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                section()
+        for stream in streams:
+            current.wait_stream(stream)
+
+    def _show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
+        layouts = cached_of(self.program.blocks[op.block])
+        for number in self.late.get(site, ()):
+            rows, kept = self.shown(op, number, indices), self.static[site][number]
+            for own, row, cached in zip(kept or (), rows, layouts[number], strict=True):
+                own.index_copy_(cached.dim, self.place[0], row)
 
 
 def _lengthened(x: Tensor, length: int, value: int, dim: int = 1) -> Tensor:

@@ -10,10 +10,17 @@ from architectures import ZOO
 from architectures.base import perturb
 from compare import without_cache
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import depthc
 from depthc.ir.errors import IncrementalError, InputError
 from depthc.ir.program import Program
+
+
+def llama(layers: int) -> nn.Module:
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False))
+
 
 QUICK, SLOW = ("gpt2",), ("llama", "olmo2", "t5")
 THOROUGH = ("gpt_neox", "mixtral", "mistral", "bloom", "deepseek_v3", "bart")
@@ -80,6 +87,31 @@ def test_applications_of_a_shared_block() -> None:
         torch.testing.assert_close(decoder.step(tokens[:, at : at + 1]), expected[:, at], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "sections"),
+    [
+        ("stagger(window=2)", (3, 3)),
+        ("stagger(stacks=3, lag=2)", (2, 2, 2)),
+        pytest.param("stagger(shared=True)", (6, 6), marks=pytest.mark.slow),
+        pytest.param("stagger(reinject=False)", (6,), marks=pytest.mark.slow),
+        pytest.param("stagger(lag=0)", (6,), marks=pytest.mark.slow),
+    ],
+)
+def test_staggered_stacks_are_sections_of_a_step(recipe: str, sections: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = perturb(llama(6)).double().eval()
+    tokens = torch.randint(97, (2, 11))
+    staggered = depthc.compile(model, recipe, kwargs={"input_ids": tokens}).eval()
+    with torch.no_grad():  # cross-attention starts at zero
+        for param in staggered.parameters():
+            param.add_(0.05 * torch.randn_like(param))
+    expected = whole(staggered.program, input_ids=tokens)
+    decoder = depthc.Decoder(staggered, tokens[:, :2], 11)
+    assert decoder.sections == sections
+    for at in range(2, 11):
+        torch.testing.assert_close(decoder.step(tokens[:, at : at + 1]), expected[:, at], rtol=0, atol=1e-10)
+
+
 class Counted(nn.Module):
     """Scales its embeddings by the length of the sequence."""
 
@@ -103,7 +135,7 @@ def test_what_cannot_be_decoded_so() -> None:
     with pytest.raises(InputError, match="has 4 tokens already"):
         full.step(tokens[:, 4:5])
     counted = depthc.capture(Counted(model).eval(), (tokens,))
-    with pytest.raises(IncrementalError, match="depend on the length"):
+    with pytest.raises(IncrementalError, match="later tokens changed"):
         depthc.Decoder(counted, tokens[:, :4], 9)
     routed = depthc.compile(model, "mor", kwargs={"input_ids": tokens}, loops=2).eval()
     with pytest.raises(IncrementalError, match="how many tokens come to a layer"):
