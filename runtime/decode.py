@@ -128,6 +128,12 @@ class Decoder:
         self.place += 1
         return self.logits
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches."""
+        held = [t for caches in self._caches.values() for cache in caches for t in cache or ()]
+        return sum(t.numel() * t.element_size() for t in held)
+
     def _read(self, prompt: Tensor, slots: _Slots, others: Mapping[str, Any]) -> tuple[Tensor, Past]:
         """The logits behind a prompt, and the past of all its tokens but the last, which a step is tried with.
 

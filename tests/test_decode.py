@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,3 +142,15 @@ def test_what_cannot_be_decoded_so() -> None:
     routed = depthc.compile(model, "mor", kwargs={"input_ids": tokens}, loops=2).eval()
     with pytest.raises(IncrementalError, match="how many tokens come to a layer"):
         depthc.Decoder(routed, tokens[:, :4], 9)
+
+
+@pytest.mark.slow
+def test_the_bench_in_small(tmp_path: Path) -> None:
+    import decode
+
+    out = tmp_path / "decode.json"
+    assert decode.main(["--tiny", "--device", "cpu", "--out", str(out), "--only", "D=960, B=1"]) == 0
+    (row,) = json.loads(out.read_text())["rows"].values()
+    assert row["times"].keys() == decode.VARIANTS.keys()
+    assert row["sections"]["separate"] == [2, 2]
+    assert row["asked"][0]["ratio"]

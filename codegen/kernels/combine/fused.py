@@ -37,7 +37,7 @@ def combine_fused(
     old, change = stream.to(dtype), rows.to(dtype)
     score = None if logits is None else score_of(logits, gate, alpha)[..., None]
     if kind == "weighted":
-        change = score * change
+        change = score * change  # type: ignore[operator]
     change = spread_rows(change, positions, inverse)
     if kind == "delta":
         change = spread_rows(score, positions, inverse) * (change - old)  # type: ignore[arg-type]

@@ -1,0 +1,169 @@
+"""Steps of decoding: a decoder, and what staggering its stacks makes of it, each step as one CUDA graph.
+
+    python bench/decode.py --out build/decode.json                          on an H200
+    python bench/decode.py --out build/decode.json --tiny --device cpu      a rehearsal
+
+A row is a process of its own: a width and a batch; its variants take turns, in another order every round, twice over.
+A row that is done is not run again. Floors are the bytes of all weights and keys that a step reads, each once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import in_a_process, provenance, write
+from routing_plan import Asked, Sizes
+from routing_race import BYTES, Race, reason
+from routing_time import Clock, Place, Ready
+from torch import nn
+
+import depthc
+
+VARIANTS = {
+    "original": "identity",
+    "separate, window 128": "stagger(window=128)",
+    "separate": "stagger()",
+    "shared, window 128": "stagger(shared=True, window=128)",
+    "shared": "stagger(shared=True)",
+}
+FASTEST = ("separate, window 128",)
+WIDTHS = {960: Sizes(960, 15, 5, 2560), 2048: Sizes(2048, 16, 8, 5632)}
+GAIN = {960: 1.45, 2048: 1.3}  # at a batch of one
+VOCABULARY, LIMIT = 512, 280
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model and its batch.
+
+    Attributes:
+        context: tokens so far.
+        asked: what is asked of the variants.
+    """
+
+    name: str
+    sizes: Sizes
+    batch: int
+    layers: int = 16
+    context: int = 1024
+    asked: tuple[Asked, ...] = ()
+
+
+def _rows() -> dict[str, Row]:
+    found = {}
+    for batch in (1, 8, 32):
+        for width, sizes in WIDTHS.items():
+            asked = (Asked(FASTEST, "original", 1 / GAIN[width]),) if batch == 1 else ()
+            found[f"D={width}, B={batch}"] = Row(f"D={width}, B={batch}", sizes, batch, asked=asked)
+    return found
+
+
+ROWS = _rows()
+
+
+def llama(row: Row) -> nn.Module:
+    """A Llama with a small vocabulary: its head is no part of what is compared."""
+    import transformers
+
+    s = row.sizes
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=s.width,
+        intermediate_size=s.inner,
+        num_hidden_layers=row.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.key_heads,
+        max_position_embeddings=row.context + 1,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def measure(row: Row, place: Place) -> dict[str, Any]:
+    """Seconds of a step of every variant, the same token at the same place again and again."""
+    torch.manual_seed(0)
+    with torch.device(place.device):
+        model = llama(row).to(torch.bfloat16).eval()
+        prompt, example = (torch.randint(VOCABULARY, shape) for shape in ((row.batch, row.context), (2, 9)))
+    sections: dict[str, tuple[int, ...]] = {}
+    floors: dict[str, float] = {}
+
+    def made(name: str) -> Ready:
+        module = depthc.compile(model, VARIANTS[name], kwargs={"input_ids": example}).eval()
+        decoder = depthc.Decoder(module, prompt, row.context + 1, compile=place.cuda)
+        sections[name] = decoder.sections
+        moved = sum(p.numel() * p.element_size() for p in module.parameters()) + decoder.cache_bytes
+        floors[name] = moved / BYTES
+        token = prompt[:, :1]
+
+        def run() -> torch.Tensor:
+            decoder.place = row.context
+            return decoder.step(token)
+
+        return Ready(run)
+
+    rounds, least = (12, 0.02) if place.cuda else (2, 0.0)
+    clock = Clock(place, rounds, least, until=time.perf_counter() + LIMIT * 0.8)
+    race = Race(clock).run({name: (lambda name=name: made(name)) for name in VARIANTS})
+    times = {name: race.median(name) for name in race.times}
+    return {
+        "times": race.times,
+        "failures": race.failed,
+        "skipped": race.skipped,
+        "gain": {name: times["original"] / own for name, own in times.items()} if "original" in times else {},
+        "floors": floors,
+        "sections": sections,
+        "asked": [one.answer(times) for one in row.asked],
+    }
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/decode.json"), help="where results go")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=tuple(ROWS), metavar="ROW", help="rows, if not all")
+    parser.add_argument("--limit", type=float, default=560, help="seconds for this call (default: 560)")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: a tiny model, few calls")
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    options = parser.parse_args(given)
+    if options.row:
+        row = ROWS[options.row]
+        if options.tiny:
+            row = replace(row, sizes=Sizes(32, 4, 2, 64), layers=4, context=24)
+        try:
+            found = measure(row, Place(options.device, "inductor"))
+        except Exception as error:  # what compilers and devices raise has no common base
+            found = {"failed": reason(error)}
+        print(json.dumps(found))
+        return 0
+    report = provenance(options.device) | {"command": "python bench/decode.py", "tiny": options.tiny, "rows": {}}
+    if options.out.exists():
+        report["rows"] = json.loads(options.out.read_text())["rows"]
+    began = time.perf_counter()
+    for name in options.only:
+        left = int(options.limit - (time.perf_counter() - began))
+        if name in report["rows"]:
+            continue
+        if left < LIMIT / 2:
+            print(f"{name}: {left} s are left: run this again", flush=True)
+            return 3
+        tiny = ["--tiny"] if options.tiny else []
+        found = in_a_process(
+            __file__, ["--row", name, "--device", options.device, *tiny], min(left, LIMIT), fresh=False
+        )
+        report["rows"][name] = found
+        write(report, options.out)
+        print(f"{name}: {found.get('gain') or found.get('failed')}", flush=True)
+    return int(any("failed" in row or row["failures"] for row in report["rows"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
