@@ -1,4 +1,4 @@
-"""Train a small Llama of bytes in several ways at equal training operations: vanilla, tied, routed.
+"""Train a small Llama of bytes in several ways at equal training operations: vanilla, tied, routed; or staggered, wide.
 
     python bench/corpus.py build/corpus.bin
     python bench/training.py --corpus build/corpus.bin --out build/training --measure   how fast each variant is
@@ -22,7 +22,7 @@ import corpus as texts
 import torch
 from rich.console import Console
 from training_experiment import Experiment
-from training_plan import TINY, VARIANTS, Settings
+from training_plan import STUDIES, TINY, VARIANTS, Settings
 from training_report import Results
 
 
@@ -35,20 +35,26 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=540, help="seconds for this call (default: 540)")
     parser.add_argument("--budget", type=int, metavar="TOKENS", help="of a final run: what vanilla takes for so many")
     parser.add_argument("--seeds", type=int, help="final runs of every variant")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=(), help="variants")
+    parser.add_argument("--study", choices=STUDIES, default="routing", help="what is compared (default: routing)")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=(), help="variants, if not all of the study")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", default=not torch.cuda.is_available(), help="compile nothing")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: a tiny model, a few steps")
     parser.add_argument("--retry", action="store_true", help="run what failed once more")
     parser.add_argument("--plan", action="store_true", help="say what remains")
     parser.add_argument("--measure", action="store_true", help="how fast variants train")
-    return parser.parse_args(given)
+    options = parser.parse_args(given)
+    options.only = options.only or STUDIES[options.study].variants
+    return options
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """Those of the command line; a budget and seeds that are not given are the usual ones."""
     given = {"tokens": options.budget, "seeds": options.seeds}
-    return replace(TINY if options.tiny else Settings(), **{k: v for k, v in given.items() if v is not None})
+    usual = replace(Settings(), layers=STUDIES[options.study].layers)
+    if options.tiny:
+        usual = TINY if options.study == "routing" else replace(TINY, layers=4)
+    return replace(usual, **{k: v for k, v in given.items() if v is not None})
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -23,8 +23,8 @@ from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 
 
-def llama(settings: Settings, seed: int) -> nn.Module:
-    """A Llama of bytes with the weights of a seed."""
+def llama(settings: Settings, seed: int, depth: float = 1.0) -> nn.Module:
+    """A Llama of bytes with the weights of a seed and a share of the layers."""
     import transformers
 
     torch.manual_seed(seed)
@@ -32,7 +32,7 @@ def llama(settings: Settings, seed: int) -> nn.Module:
         vocab_size=256,
         hidden_size=settings.width,
         intermediate_size=settings.inner,
-        num_hidden_layers=settings.layers,
+        num_hidden_layers=round(settings.layers * depth),
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads,
         max_position_embeddings=settings.context,
@@ -48,8 +48,7 @@ class Maker:
 
     def __init__(self, settings: Settings, device: str) -> None:
         self.settings, self.device = settings, device
-        ids = torch.zeros((2, settings.context), dtype=torch.int64)
-        self._captured = depthc.capture(llama(settings, 0), kwargs={"input_ids": ids})
+        self._captured: dict[float, Program] = {}  # by the share of the layers
         self._held: tuple[tuple[str, str], DepthModule, str] | None = None
         self._last: tuple[tuple[str, int], Program] | None = None
 
@@ -79,10 +78,19 @@ class Maker:
     def program(self, variant: str, seed: int) -> Program:
         """The rewritten program over the weights of a seed; its routers have that seed as well."""
         if self._last is None or self._last[0] != (variant, seed):
-            weights = {**self._captured.weights, **llama(self.settings, seed).state_dict(keep_vars=True)}
+            captured = self.captured(depth := VARIANTS[variant].depth)
+            weights = {**captured.weights, **llama(self.settings, seed, depth).state_dict(keep_vars=True)}
             recipe = recipe_of(VARIANTS[variant].recipe.format(seed=seed), {})
-            self._last = (variant, seed), run_recipe(self._captured.with_weights(weights), recipe)[0]
+            self._last = (variant, seed), run_recipe(captured.with_weights(weights), recipe)[0]
         return self._last[1]
+
+    def captured(self, depth: float) -> Program:
+        """The model with a share of the layers."""
+        if depth not in self._captured:
+            ids = torch.zeros((2, self.settings.context), dtype=torch.int64)
+            model = llama(self.settings, 0, depth)
+            self._captured[depth] = depthc.capture(model, kwargs={"input_ids": ids})
+        return self._captured[depth]
 
     def _made(self, variant: str, seed: int, door: str) -> tuple[DepthModule, str]:
         """A module that has taken a step, so that rows are traced and bodies compiled.

@@ -18,11 +18,13 @@ class Variant:
         recipe: as text, with the place of the routers' seed.
         rate_of: the variant whose learning rate it takes; its own by default.
         topk: whether training selects by top-k, so that there are two ways to evaluate.
+        depth: the share of the layers that its model has.
     """
 
     recipe: str
     rate_of: str = ""
     topk: bool = False
+    depth: float = 1.0
 
 
 # Routers start as published: linear, normal values of std 0.02, alpha 0.1 (mor), softmax with alpha 1 (mor_token).
@@ -35,6 +37,14 @@ VARIANTS = {
     "mod": Variant("mod(predictor=True, seed={seed})", rate_of="mor", topk=True),
     # The published weight of the routers' loss, 0.001, is for trainings that are a hundred times longer.
     "mor_loss": Variant(f"{_TIE} | route(loss=0.1, seed={{seed}})", rate_of="mor", topk=True),
+    "half": Variant("identity", rate_of="vanilla", depth=0.5),
+    "stagger": Variant("stagger()", rate_of="vanilla"),
+    "stagger_128": Variant("stagger(window=128)", rate_of="vanilla"),
+    "stagger_1": Variant("stagger(window=1)", rate_of="vanilla"),
+    "stagger_4": Variant("stagger(stacks=4)", rate_of="vanilla"),
+    # The layers of the half model twice: as many as the vanilla model runs.
+    "stagger_shared": Variant("stagger(shared=True)", rate_of="vanilla", depth=0.5),
+    "altup": Variant('widen(embedding="recycled")', rate_of="vanilla"),
 }
 
 
@@ -70,6 +80,20 @@ class Settings:
         return self.batch * self.context
 
 
+@dataclass(frozen=True)
+class Study:
+    """Variants that are compared with each other, and how many layers the vanilla one has."""
+
+    variants: tuple[str, ...]
+    layers: int
+
+
+STUDIES = {
+    "routing": Study(("vanilla", "tied", "mor", "mor_token", "mod", "mor_loss"), 11),
+    "staggered": Study(
+        ("vanilla", "half", "stagger", "stagger_128", "stagger_1", "stagger_4", "stagger_shared", "altup"), 12
+    ),
+}
 TINY = Settings(
     width=32, layers=5, heads=2, inner=64, context=32, batch=4, tokens=1024, sweep=0.5, seeds=1, rates=(1e-3, 4e-3),
     more_rates=0, every=2, windows=8,
@@ -100,16 +124,18 @@ class Run:
         return f"{self.variant}, seed {self.seed}" if self.kind == "final" else f"{self.variant} at {self.rate:g}"
 
 
-def runs(settings: Settings, rows: Rows, only: Collection[str] = (), unknown: float | None = None) -> Iterator[Run]:
+def runs(
+    settings: Settings, rows: Rows, only: Collection[str] = STUDIES["routing"].variants, unknown: float | None = None
+) -> Iterator[Run]:
     """All runs as far as they are known: the sweeps, then final runs of the variants whose rate is chosen.
 
     Runs of one variant follow each other, so that it is compiled once.
 
     Args:
-        only: the variants, if not all.
+        only: the variants.
         unknown: a rate for final runs of the others.
     """
-    wanted = [name for name in VARIANTS if not only or name in only]
+    wanted = [name for name in VARIANTS if name in only]
     swept = list(dict.fromkeys(VARIANTS[name].rate_of or name for name in wanted))
     for name in swept:
         yield from sweep(name, settings, rows)

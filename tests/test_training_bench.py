@@ -21,7 +21,7 @@ from rich.console import Console
 from training_eval import Routing, judged, windows
 from training_experiment import Experiment
 from training_model import Cost, Maker, llama, loss_of
-from training_plan import TINY, VARIANTS, Run, Settings, best_rate, runs, seconds_of, sweep
+from training_plan import STUDIES, TINY, VARIANTS, Run, Settings, best_rate, runs, seconds_of, sweep
 from training_report import Results, SettingsError
 from training_run import Trainer, schedule, thinned
 
@@ -341,7 +341,7 @@ def test_every_variant_in_small(tmp_path: Path, data: bytes, capsys: pytest.Capt
     planned = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in planned[:-1]] == [
         *(f"{name} at {rate:g}" for name in ("vanilla", "mor") for rate in TINY.rates),
-        *(f"{name}, seed 0" for name in VARIANTS),
+        *(f"{name}, seed 0" for name in STUDIES["routing"].variants),
     ]
     assert training.main(command) == 0
     capsys.readouterr()
@@ -350,7 +350,7 @@ def test_every_variant_in_small(tmp_path: Path, data: bytes, capsys: pytest.Capt
     report = json.loads((tmp_path / "training.json").read_text())
     assert report["speed"]["mor"]["eager"]["tokens_per_second"] > 0
     assert report["runs"].keys() == {f"{name} at {rate:g}" for name in ("vanilla", "mor") for rate in TINY.rates} | {
-        f"{name}, seed 0" for name in VARIANTS
+        f"{name}, seed 0" for name in STUDIES["routing"].variants
     }
     finals = {row["variant"]: row for row in report["runs"].values() if row["kind"] == "final"}
     for name, row in finals.items():
@@ -366,3 +366,20 @@ def test_every_variant_in_small(tmp_path: Path, data: bytes, capsys: pytest.Capt
     assert finals["mod"]["topk"]["chosen"] == [4 / 32, 4 / 32]
     tables = pages_training.training(report)
     assert f"| mor | {sizes['mor']['unique']:,} | {sizes['mor']['applied']:,} |" in tables
+
+
+@pytest.mark.slow
+def test_staggered_variants_in_small(tmp_path: Path, data: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "corpus.bin"
+    path.write_bytes(data)
+    out = ["--out", str(tmp_path), "--checkpoints", str(tmp_path), "--device", "cpu", "--eager"]
+    command = ["--corpus", str(path), "--sha256", corpus.split(data).sha256, "--tiny", "--study", "staggered", *out]
+    assert training.main(command) == 0
+    capsys.readouterr()
+    rows = json.loads((tmp_path / "training.json").read_text())["runs"]
+    finals = {row["variant"]: row for row in rows.values() if row["kind"] == "final"}
+    assert finals.keys() == {*STUDIES["staggered"].variants}
+    assert not [row for row in rows.values() if "failed" in row]
+    sizes = {name: row["parameters"]["unique"] for name, row in finals.items()}
+    assert sizes["half"] < sizes["stagger_shared"] < sizes["vanilla"] < sizes["stagger"] < sizes["stagger_4"]
+    assert sizes["stagger"] == sizes["stagger_1"] == sizes["stagger_128"]
