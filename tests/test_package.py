@@ -146,6 +146,7 @@ def test_examples_in_docstrings(name: str) -> None:
         "docs/quickstart.md",
         "docs/recipes.md",
         "docs/altup.md",
+        "docs/stagger.md",
         "docs/saving.md",
         "docs/telemetry.md",
         "docs/training.md",
