@@ -122,7 +122,10 @@ def judge(given: str, first: str, second: str) -> dict[str, Any]:
 def _equals(given: str, first: str, second: str) -> list[str]:
     """The simpler recipes that compute the same: "the model", the first pass alone, the second alone."""
     simpler = {"the given": recipe(given), first: recipe(given, first), second: recipe(given, second)}
-    mine, others = initial(recipe(given, first, second)), {name: initial(text or "identity") for name, text in simpler.items()}
+    mine, others = (
+        initial(recipe(given, first, second)),
+        {name: initial(text or "identity") for name, text in simpler.items()},
+    )
     assert mine is not None
     return [name for name, other in others.items() if other is not None and (mine - other).abs().max() < CLOSE]
 
