@@ -2,9 +2,9 @@
 
     python bench/compositions.py --out bench/results/compositions.json
 
-A small Llama in fp64 on the CPU. A pair is legal, or the row says why not. Of a legal one: which simpler recipe it
-equals before it is trained; then, with noise on its new parameters, whether the gradients of all parameters that it
-reads are finite, and how far logits token by token are from those of the whole sequence.
+A small Llama in fp64 on the CPU; some longer recipes too. A recipe is legal, or the row says why not. Of a legal one:
+which shorter recipes it equals before it is trained; then, with noise on its new parameters, how many parameters it
+reads, all of which must get finite gradients, and how far logits token by token are from those of the whole sequence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import provenance, save
+from machine import provenance, write
 from precision import widen_program
 from torch import Tensor
 from torch.nn import functional as F
@@ -87,14 +87,76 @@ def subject() -> Subject:
     return Subject(widen_program(depthc.capture(model, kwargs={"input_ids": ids})), ids)
 
 
-def pairs() -> Iterator[tuple[str, str, str]]:
-    """What is given, the first pass, the second."""
-    return ((given, first, second) for given in BASES for first in PASSES for second in PASSES)
+LONGER = (
+    f"{TIED} | stagger(reinject=False)",
+    f"{TIED} | stagger(shared=True)",
+    f"{TIED} | stagger(reinject=False) | widen()",
+    "stagger(shared=True) | widen()",
+    'tie(loops=4, sharing="sequence") | stagger() | loop() | route(loop="r")',
+    'tie(loops=4, sharing="sequence") | stagger() | loop() | route(loop="r_1")',
+    'stagger() | tie(loops=2, sharing="middle_cycle", keep=(0, 4)) | route()',
+    'stagger() | tie(loops=2, sharing="middle_cycle", keep=(0, 4)) | tokenchoice()',
+    "stagger() | widen() | mod(layers=(1, 3), capacity=0.5)",
+    "stagger() | mod(layers=(1, 5), capacity=0.5)",
+    'stagger() | widen(embedding="wide")',
+    f"{TIED} | widen() | loop() | route()",
+    f"widen() | keep(capacities={SHARES})",
+)
+"""What no pair shows: loops and routes inside one of two stacks, three passes, other options."""
 
 
-def recipe(given: str, *names: str) -> str:
-    """The recipe of passes by their names, with the options they have here."""
-    return " | ".join([BASES[given], *(PASSES[name] for name in names)]).removeprefix("identity | ")
+@dataclass(frozen=True)
+class Composition:
+    """A recipe, and the shorter ones that it may equal, by name.
+
+    Attributes:
+        given, first, second: of a pair, its names; else empty.
+    """
+
+    recipe: str
+    shorter: dict[str, str]
+    given: str = ""
+    first: str = ""
+    second: str = ""
+
+    def judge(self) -> dict[str, Any]:
+        """The row of the recipe."""
+        row: dict[str, Any] = {k: getattr(self, k) for k in ("given", "first", "second", "recipe")}
+        try:
+            module = subject().lowered(self.recipe)
+        except RecipeError as error:
+            return row | {"legal": False, "reason": error.what, "found": error.found, "remedy": error.remedy}
+        equals = self.equals()
+        with_noise(module)
+        return row | {"legal": True, "equals": equals, "gradients": gradients(module), **token_by_token(module)}
+
+    def equals(self) -> list[str]:
+        """The shorter recipes that compute the same at the initial values."""
+        mine, others = initial(self.recipe), {name: initial(text) for name, text in self.shorter.items()}
+        assert mine is not None
+        return [name for name, other in others.items() if other is not None and (mine - other).abs().max() < CLOSE]
+
+
+def pair(given: str, first: str, second: str) -> Composition:
+    """Two passes by their names, with the options they have here."""
+
+    def text(*names: str) -> str:
+        return " | ".join([BASES[given], *(PASSES[name] for name in names)]).removeprefix("identity | ")
+
+    shorter = {"given": text(), first: text(first), second: text(second)}
+    return Composition(text(first, second), shorter, given, first, second)
+
+
+def longer(text: str) -> Composition:
+    """A recipe beside those from which its last passes are left out."""
+    parts = text.split(" | ")
+    return Composition(text, {" | ".join(parts[:n]): " | ".join(parts[:n]) for n in range(1, len(parts))})
+
+
+def compositions() -> Iterator[Composition]:
+    """All that are judged."""
+    yield from (pair(given, first, second) for given in BASES for first in PASSES for second in PASSES)
+    yield from map(longer, LONGER)
 
 
 @cache
@@ -104,30 +166,6 @@ def initial(text: str) -> Tensor | None:
         return subject().logits(subject().lowered(text))
     except RecipeError:
         return None
-
-
-def judge(given: str, first: str, second: str) -> dict[str, Any]:
-    """The row of a pair."""
-    text = recipe(given, first, second)
-    row: dict[str, Any] = {"given": given, "first": first, "second": second, "recipe": text}
-    try:
-        module = subject().lowered(text)
-    except RecipeError as error:
-        return row | {"legal": False, "reason": error.what, "found": error.found, "remedy": error.remedy}
-    equals = _equals(given, first, second)
-    with_noise(module)
-    return row | {"legal": True, "equals": equals, "gradients": gradients(module), **token_by_token(module)}
-
-
-def _equals(given: str, first: str, second: str) -> list[str]:
-    """The simpler recipes that compute the same: "the model", the first pass alone, the second alone."""
-    simpler = {"the given": recipe(given), first: recipe(given, first), second: recipe(given, second)}
-    mine, others = (
-        initial(recipe(given, first, second)),
-        {name: initial(text or "identity") for name, text in simpler.items()},
-    )
-    assert mine is not None
-    return [name for name, other in others.items() if other is not None and (mine - other).abs().max() < CLOSE]
 
 
 def with_noise(module: DepthModule, std: float = 0.3) -> DepthModule:
@@ -171,10 +209,11 @@ def token_by_token(module: DepthModule) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    rows = [judge(*pair) for pair in pairs()]
-    save(provenance("cpu") | {"options": PASSES, "rows": rows}, options.out)
+    rows = [one.judge() for one in compositions()]
+    report = provenance("cpu") | {"options": PASSES, "given": BASES, "rows": rows}
+    write(report, options.out)
     return int(any(row.get("gap", 0.0) > CLOSE for row in rows))
 
 

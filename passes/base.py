@@ -23,6 +23,7 @@ class Pass:
     """A rewrite of programs. A subclass is a frozen dataclass; its name in recipes is that of the class in lower case.
 
     `preserves_numerics`: whether the rewritten program computes the same, bit for bit on the CPU.
+    `chooses`: whether layers run on some of their tokens, which is done once in a stack.
 
     Example:
         >>> from depthc.passes.tie import Tie
@@ -31,6 +32,7 @@ class Pass:
     """
 
     preserves_numerics: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -52,9 +52,18 @@ def layers_of(one: Pass, stack: Stack) -> tuple[list[Op], list[int]]:
                 f"the stack {stack.name!r} has been rewritten before",
                 expected="layers alone",
                 found=f"{type(op).__name__.lower()} in it",
-                remedy=f"put {one.title} earlier in the recipe",
+                remedy=_remedy(one, stack),
             )
     return ops, [i for i, op in enumerate(ops) if isinstance(op, Call)]
+
+
+def _remedy(one: Pass, stack: Stack) -> str:
+    """What to do about a stack in which tokens are chosen."""
+    if one.chooses:
+        return f"leave out {one.title}, or what chose tokens before it: a stack chooses its tokens once"
+    looped = any(isinstance(op, Loop) for op in stack.ops)
+    again = "; if that leaves no loop to route, use mod(), which needs none" if looped else ""
+    return f"put {one.title} earlier in the recipe{again}"
 
 
 def require_one_stream(one: Pass, program: Program, ops: Sequence[Op], layers: Sequence[Call], remedy: str) -> None:
