@@ -141,7 +141,7 @@ def _calls(one: Pass, program: Program, loop: Loop, kv: str) -> list[Call]:
             "the loop holds more than layers that pass one stream on",
             expected="applications of blocks with one result",
             found=", ".join(_kind(op) for op in loop.body),
-            remedy="route a loop that tie or loop made, once",
+            remedy=_plainer(loop),
         )
     for call in calls:
         require_subset(one, program, call)
@@ -149,6 +149,15 @@ def _calls(one: Pass, program: Program, loop: Loop, kv: str) -> list[Call]:
             remedy = 'tie everything (norms="tied"), or use kv="recursion"'
             raise one.refuse(f'kv="{kv}" needs layers that are tied in all parameters', remedy=remedy)
     return calls
+
+
+def _plainer(loop: Loop) -> str:
+    """What to do about a loop that holds more than layers."""
+    if any(isinstance(op, On) for op in loop.body):
+        return "route a loop that tie or loop made, once"
+    if any(isinstance(op, Segment) for op in loop.body):
+        return "use mod(), which needs no loop"
+    return "route a loop of layers that pass one state on"
 
 
 def _kind(op: Op) -> str:
