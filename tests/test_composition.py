@@ -28,7 +28,7 @@ from .routed import BACKWARD, FORWARD, ROWS, captured, logits_of, stepped, weigh
 from .test_stagger import for_oracle
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "compositions.json"
-OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in (*oracles.KINDS, oracles.QK_NORM) if kind != "llama"]
+OTHERS = [kind for kind in (*oracles.KINDS, oracles.QK_NORM) if kind != "llama"]
 
 
 def module_of(kind: str, recipe: str, rows: str = "full") -> DepthModule:
@@ -86,13 +86,14 @@ def test_widen_around_a_loop() -> None:
     assert_agree(module, expected, inputs, ROWS["full"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", *OTHERS])
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        pytest.param({"shared": True}, marks=pytest.mark.slow),
-        pytest.param({"reinject": False}, marks=pytest.mark.slow),
+        pytest.param({"shared": True}, marks=pytest.mark.thorough),
+        pytest.param({"reinject": False}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )
