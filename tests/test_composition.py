@@ -28,7 +28,6 @@ from .routed import BACKWARD, FORWARD, ROWS, captured, logits_of, stepped, weigh
 from .test_stagger import for_oracle
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "compositions.json"
-OTHERS = [kind for kind in (*oracles.KINDS, oracles.QK_NORM) if kind != "llama"]
 
 
 def module_of(kind: str, recipe: str, rows: str = "full") -> DepthModule:
@@ -67,13 +66,9 @@ def assert_agree(module: DepthModule, expected: Tensor, inputs: Mapping[str, Ten
 
 @pytest.mark.slow
 def test_stagger_over_a_tied_loop() -> None:
-    module, inputs, settings = (
-        module_of("llama", f"{TIED} | stagger()"),
-        captured("llama", "full")[2],
-        staggered.Settings(),
-    )
+    module, inputs = module_of("llama", f"{TIED} | stagger()"), captured("llama", "full")[2]
     with Wide():
-        math = tied_math("llama")
+        math, settings = tied_math("llama"), staggered.Settings()
         expected = staggered.stagger(math, settings, for_oracle(math, module, settings), inputs, ROWS["full"])
     assert_agree(module, expected, inputs, ROWS["full"])
 
@@ -87,7 +82,7 @@ def test_widen_around_a_loop() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", *OTHERS])
+@pytest.mark.parametrize("kind", [*oracles.KINDS, oracles.QK_NORM])
 @pytest.mark.parametrize(
     "options",
     [
