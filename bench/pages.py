@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pages_compositions import compositions
 from pages_routing import routing
 from pages_training import training
 from tables import Report, markdown, origin
@@ -66,6 +67,7 @@ TABLES: dict[str, dict[str, Callable[[Report], str]]] = {
     "training.md": {"training": training},
     "doors.md": {"backend": backend},
     "kernels.md": {"routing": routing},
+    "composition.md": {"compositions": compositions},
 }
 
 

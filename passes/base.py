@@ -23,6 +23,7 @@ class Pass:
     """A rewrite of programs. A subclass is a frozen dataclass; its name in recipes is that of the class in lower case.
 
     `preserves_numerics`: whether the rewritten program computes the same, bit for bit on the CPU.
+    `chooses`: whether layers run on some of their tokens, which is done once in a stack.
 
     Example:
         >>> from depthc.passes.tie import Tie
@@ -31,6 +32,7 @@ class Pass:
     """
 
     preserves_numerics: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -52,12 +54,16 @@ class Pass:
     def __str__(self) -> str:
         """The pass as recipes write it: its name and the options that are not the default ones."""
         shown = [f"{f.name}={text_of(v)}" for f in fields(self) if (v := getattr(self, f.name)) != f.default]
-        return f"{type(self).__name__.lower()}({', '.join(shown)})"
+        return f"{self.title}({', '.join(shown)})"
+
+    @property
+    def title(self) -> str:
+        """What recipes call it."""
+        return type(self).__name__.lower()
 
     def refuse(self, what: str, *, where: str = "", expected: str = "", found: str = "", remedy: str) -> RecipeError:
         """The error of a program or an option that this pass cannot take."""
-        name = type(self).__name__.lower()
-        return RecipeError(f"{name}: {what}", where=where, expected=expected, found=found, remedy=remedy)
+        return RecipeError(f"{self.title}: {what}", where=where, expected=expected, found=found, remedy=remedy)
 
     def require_one_of(self, option: str, values: tuple[Any, ...]) -> None:
         """Refuse an option that has none of the values."""

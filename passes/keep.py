@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from depthc.ir.body import Body
 from depthc.ir.names import Names, closest
@@ -42,6 +43,8 @@ class Keep(Pass):
         >>> print(Keep(capacities=(1.0, 0.5, 0.25)))
         keep(capacities=(1.0, 0.5, 0.25))
     """
+
+    chooses: ClassVar[bool] = True
 
     capacities: tuple[float, ...]
     score: str = "norm"

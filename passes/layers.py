@@ -52,19 +52,52 @@ def layers_of(one: Pass, stack: Stack) -> tuple[list[Op], list[int]]:
                 f"the stack {stack.name!r} has been rewritten before",
                 expected="layers alone",
                 found=f"{type(op).__name__.lower()} in it",
-                remedy=f"put {type(one).__name__.lower()} earlier in the recipe",
+                remedy=_remedy(one, stack),
             )
     return ops, [i for i, op in enumerate(ops) if isinstance(op, Call)]
 
 
+def _remedy(one: Pass, stack: Stack) -> str:
+    """What to do about a stack in which tokens are chosen."""
+    if one.chooses:
+        return f"leave out {one.title}, or what chose tokens before it: a stack chooses its tokens once"
+    looped = any(isinstance(op, Loop) for op in stack.ops)
+    again = "; if that leaves no loop to route, use mod(), which needs none" if looped else ""
+    return f"put {one.title} earlier in the recipe{again}"
+
+
 def require_one_stream(one: Pass, program: Program, ops: Sequence[Op], layers: Sequence[Call], remedy: str) -> None:
     """Refuse layers between which more flows than one state of [batch, tokens, features]; `remedy` says what to do."""
-    last = None
+    runs = streams_of(one, program, ops, layers, remedy)
+    if len(runs) > 1:
+        raise one.refuse(
+            f"the layers form {len(runs)} staggered stacks, each with a state of its own",
+            where=runs[1][0].layer or runs[1][0].block,
+            expected="one state that goes through all layers",
+            found=", ".join(run[0].writes[0] for run in runs),
+            remedy=f"put {one.title} earlier in the recipe, and once",
+        )
+
+
+def streams_of(one: Pass, program: Program, ops: Sequence[Op], layers: Sequence[Call], remedy: str) -> list[list[Call]]:
+    """Layers by the state of [batch, tokens, features] that they pass on; of staggered stacks a list each.
+
+    A later list begins with a layer that takes the state of the list before as a memory, which it hands on as it is.
+
+    Raises:
+        RecipeError: more flows between the layers, or there are other ops; `remedy` says what to do.
+    """
+    inner = ops[ops.index(layers[0]) : ops.index(layers[-1]) + 1]
+    between = next((op for op in inner if isinstance(op, Segment)), None)
+    if between is not None:
+        again = f"put {one.title} earlier in the recipe, and once"
+        raise one.refuse(f"there are other ops between the layers: {between.name}", remedy=again)
+    runs: list[list[Call]] = []
     for call in layers:
-        block = program.blocks[call.block]
-        rank = len(block.body.inputs_of("value")[0].type.shape)  # type: ignore[union-attr]
-        alone = call.writes == layers[-1].writes and call.reads[0] == (last or call.reads[0])
-        if call.kv or len(call.writes) != 1 or block.carries != 1 or rank != 3 or not alone:
+        before = runs[-1][-1] if runs else None
+        goes_on = before is not None and (call.reads[0], call.writes[0]) == (before.writes[0],) * 2
+        begins = before is None or before.writes[0] in call.writes[1:]
+        if not _passes_one_stream(program, call) or not (goes_on or begins):
             raise one.refuse(
                 "a layer does more than pass one stream on",
                 where=call.layer or call.block,
@@ -72,12 +105,17 @@ def require_one_stream(one: Pass, program: Program, ops: Sequence[Op], layers: S
                 found=f"reads {', '.join(call.reads)}, writes {', '.join(call.writes)}",
                 remedy=remedy,
             )
-        last = call.writes[0]
-    inner = ops[ops.index(layers[0]) : ops.index(layers[-1]) + 1]
-    between = next((op for op in inner if isinstance(op, Segment)), None)
-    if between is not None:
-        remedy = f"put {type(one).__name__.lower()} earlier in the recipe"
-        raise one.refuse(f"there are other ops between the layers: {between.name}", remedy=remedy)
+        runs = [*runs[:-1], [*runs[-1], call]] if goes_on else [*runs, [call]]
+    return runs
+
+
+def _passes_one_stream(program: Program, call: Call) -> bool:
+    """Whether a layer computes one state of rank 3, and hands others on as they are."""
+    block = program.blocks[call.block]
+    values, count = block.body.placeholders_of("value"), len(call.writes)
+    rank = len(values[0].meta["input"].type.shape)
+    handed_on = call.writes[1:] == call.reads[1:count] and list(block.body.results[1:]) == list(values[1:count])
+    return not call.kv and rank == 3 and block.carries == count and handed_on
 
 
 def names_in(program: Program) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from depthc.ir.names import Names
 from depthc.ir.program import Call, Program
@@ -43,6 +44,8 @@ class Mod(Pass):
         >>> print(Mod(capacity=0.5, layers=(1, 2)))
         mod(capacity=0.5, layers=(1, 2))
     """
+
+    chooses: ClassVar[bool] = True
 
     capacity: float = 0.125
     period: int = 2

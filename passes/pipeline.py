@@ -60,7 +60,7 @@ def run_recipe(
         RecipeError: a pass does not apply, or `skip` names none of the recipe.
         VerifyError: a pass broke a rule of the IR; names the pass.
     """
-    names = [type(p).__name__.lower() for p in recipe.passes]
+    names = [p.title for p in recipe.passes]
     for name in skip:
         if name not in names:
             remedy = f"skip {closest(name, names)!r}" if names else "skip nothing"

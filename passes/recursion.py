@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from depthc.ir.axes.ports import ports_of
-from depthc.ir.program import Call, Kv, Loop, On, Op, Program, Stack
+from depthc.ir.program import Call, Kv, Loop, On, Op, Program, Segment, Stack
 from depthc.ir.types import Type
 from depthc.passes.base import Pass
 from depthc.passes.subsets import require_subset, stream_of
@@ -72,9 +73,11 @@ def recursion_of(one: Pass, program: Program, stack: Stack, name: str | None, kv
 
 def _loop(one: Pass, stack: Stack, name: str | None) -> Loop:
     loops = [op for op in stack.ops if isinstance(op, Loop) and name in (None, op.index)]
+    if not loops and name is None:
+        _require_plain(one, stack)
+        _require_stream(one, stack)
     if len(loops) != 1:
         known = ", ".join(op.index for op in stack.ops if isinstance(op, Loop))
-        _require_stream(one, stack)
         raise one.refuse(
             f"the stack {stack.name!r} has {'no' if not loops else 'more than one'} loop to route",
             expected="one loop over shared layers" if not loops else f"one of {known}",
@@ -94,8 +97,40 @@ def _require_stream(one: Pass, stack: Stack) -> None:
             where=other.layer,
             expected="layers whose results the next layer alone reads",
             found=f"{', '.join(other.writes)} is read behind the next layer as well",
-            remedy="route a model that does not return or skip to what its inner layers compute",
+            remedy=_section(one, layers)
+            or "route a model that does not return or skip to what its inner layers compute",
         )
+
+
+def _section(one: Pass, layers: Sequence[Call]) -> str:
+    """How to make a loop of the first layers in a row that pass one state on, as a staggered stack does; "" if none."""
+    for start, first in enumerate(layers):
+        row = list(takewhile(lambda call, state=first.writes: call.writes == state, layers[start:]))  # type: ignore[misc]
+        if len(row) > 1 and len(first.writes) == 1:
+            keep = (start, len(layers) - start - len(row))
+            tied = f'tie(sharing="middle_cycle", keep={keep})'
+            return f"tie the layers between which one state flows: {tied} | {one.title}()"
+    return ""
+
+
+def _require_plain(one: Pass, stack: Stack) -> None:
+    """Refuse layers among which a pass has put ops of its own: every application is then one of its own."""
+    chosen = next((op for op in stack.ops if isinstance(op, On)), None)
+    glue = next((op for op in _between(stack.ops) if any(p.startswith("depth.") for p in op.params)), None)
+    found = "layers that run on some of their tokens" if chosen else glue and f"{glue.name} between the layers"
+    if found:
+        raise one.refuse(
+            f"the stack {stack.name!r} has no loop to route, as it has been rewritten before",
+            expected="a loop over layers alone",
+            found=found,
+            remedy=f"leave out {one.title}: tokens are chosen already" if chosen else "use mod(), which needs no loop",
+        )
+
+
+def _between(ops: Sequence[Op]) -> list[Segment]:
+    """The segments between the first and the last layer."""
+    places = [i for i, op in enumerate(ops) if isinstance(op, Call)]
+    return [op for op in ops[places[0] : places[-1]] if isinstance(op, Segment)] if places else []
 
 
 def _calls(one: Pass, program: Program, loop: Loop, kv: str) -> list[Call]:
@@ -105,8 +140,8 @@ def _calls(one: Pass, program: Program, loop: Loop, kv: str) -> list[Call]:
         raise one.refuse(
             "the loop holds more than layers that pass one stream on",
             expected="applications of blocks with one result",
-            found=", ".join(type(op).__name__.lower() for op in loop.body),
-            remedy="route a loop that tie or loop made, once",
+            found=", ".join(_kind(op) for op in loop.body),
+            remedy=_plainer(loop),
         )
     for call in calls:
         require_subset(one, program, call)
@@ -114,3 +149,18 @@ def _calls(one: Pass, program: Program, loop: Loop, kv: str) -> list[Call]:
             remedy = 'tie everything (norms="tied"), or use kv="recursion"'
             raise one.refuse(f'kv="{kv}" needs layers that are tied in all parameters', remedy=remedy)
     return calls
+
+
+def _plainer(loop: Loop) -> str:
+    """What to do about a loop that holds more than layers."""
+    if any(isinstance(op, On) for op in loop.body):
+        return "route a loop that tie or loop made, once"
+    if any(isinstance(op, Segment) for op in loop.body):
+        return "use mod(), which needs no loop"
+    return "route a loop of layers that pass one state on"
+
+
+def _kind(op: Op) -> str:
+    """What an op is; of a layer with more results than one, these too."""
+    name = type(op).__name__.lower()
+    return f"{name} of {', '.join(op.writes)}" if isinstance(op, Call) and len(op.writes) > 1 else name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from depthc.ir.masks.documents import documents_of
 from depthc.ir.masks.masks import masks_of
@@ -49,6 +49,8 @@ class Stride(Pass):
         >>> print(Stride(every=2))
         stride(every=2)
     """
+
+    chooses: ClassVar[bool] = True
 
     every: int = 4
     layers: tuple[int, ...] | None = None

@@ -13,7 +13,7 @@ from depthc.ir.types import Type
 from depthc.passes.base import Pass, text_of
 from depthc.passes.ends import Ends
 from depthc.passes.glue import wide
-from depthc.passes.layers import layers_of, names_in, require_one_stream, stack_of, with_stack
+from depthc.passes.layers import layers_of, names_in, stack_of, streams_of, with_stack
 from depthc.passes.subsets import group_of, stream_of
 from depthc.passes.widen_ends import with_wide_ends
 from depthc.passes.widen_glue import collapse, correct, predict, routed_correct, routed_predict, split
@@ -27,7 +27,8 @@ class Widen(Pass):
     active block. Every block starts as the model's own state. P starts as the identity and g as ones: unless
     the blocks end as their sum, the widened model computes what the model does, until it is trained.
 
-    Loops that tie made are written out: every layer has coefficients of its own.
+    Loops that tie made are written out: every layer has coefficients of its own. Staggered stacks have blocks of their
+    own, and the memory of the next stack is what they end as.
 
     Options:
         blocks: M, from 2 on.
@@ -87,23 +88,33 @@ class Widen(Pass):
         ops, places = layers_of(self, stack)
         layers: list[Call] = [ops[at] for at in places]  # type: ignore[misc]
         remedy = "widen a model that does not return or skip to what its inner layers compute"
-        require_one_stream(self, program, ops, layers, remedy)
-        stream, names = stream_of(program, layers[0]), Names(names_in(program))
-        layer = _Layer(self, stream, group_of(program, "widen"), names)
-        first, last = layers[0].reads[0], layers[-1].writes[0]
-        done = [op for number, call in enumerate(layers) for op in layer.ops(number, call)]
-        params = {name: p for number in range(len(layers)) for name, p in layer.params(number).items()}
-        before, after = ops[: places[0]], ops[places[-1] + 1 :]
+        runs = streams_of(self, program, ops, layers, remedy)
+        if self.embedding == "wide" and len(runs) > 1:
+            found, remedy = f"{len(runs)} staggered stacks", 'use embedding="replicated"'
+            raise self.refuse("wide ends need one stream", expected="one stack", found=found, remedy=remedy)
+        stream, group, names = stream_of(program, layers[0]), group_of(program, "widen"), Names(names_in(program))
+        widened = [_Layer(self, stream, group, names) for _ in runs]
+        done, number = list[Op](), 0
+        for run, layer in zip(runs, widened, strict=True):
+            done += self._around(layer, run, [op for n, call in enumerate(run, number) for op in layer.ops(n, call)])
+            number += len(run)
+        params = {name: p for n in range(len(layers)) for name, p in widened[0].params(n).items()}
+        made = with_stack(program, stack, [*ops[: places[0]], *done, *ops[places[-1] + 1 :]])
+        made = replace(made, params={**program.params, **params})
         if self.embedding != "wide":
-            kind = "mean" if self.embedding == "replicated" else "sum"
-            before.append(Segment("split", split(stream, self.blocks), (first,), layer.states))
-            after.insert(0, Segment("collapse", collapse(stream, self.blocks, kind), layer.states, (last,)))
-        widened = with_stack(program, stack, [*before, *done, *after])
-        widened = replace(widened, params={**program.params, **params})
-        if self.embedding != "wide":
-            return widened
+            return made
         ends = Ends(self, program, stack, 'use embedding="replicated", or "recycled", which leave it as it is')
-        return with_wide_ends(ends, widened, (first, last), layer.states, layer.group)
+        first, last = layers[0].reads[0], layers[-1].writes[0]
+        return with_wide_ends(ends, made, (first, last), widened[0].states, group)
+
+    def _around(self, layer: _Layer, run: Sequence[Call], ops: Sequence[Op]) -> list[Op]:
+        """Ops of widened layers between what makes the blocks of one state, and one state of the blocks."""
+        if self.embedding == "wide":
+            return list(ops)
+        kind = "mean" if self.embedding == "replicated" else "sum"
+        before = Segment("split", split(layer.stream, self.blocks), run[0].reads[:1], layer.states)
+        after = Segment("collapse", collapse(layer.stream, self.blocks, kind), layer.states, run[-1].writes[:1])
+        return [before, *ops, after]
 
 
 class _Layer:
@@ -131,7 +142,7 @@ class _Layer:
             before, after = predict(self.stream, one.blocks), correct(self.stream, one.blocks, active)
         h = (self.states if one.compute_on == "old" else self.predicted)[active]
         yield Segment("predict", before, self.states, self.predicted, self._names(number, "predict"))
-        yield replace(call, reads=(h, *call.reads[1:]), writes=(self.y,))
+        yield replace(call, reads=(h, *call.reads[1:]), writes=(self.y, *call.writes[1:]))
         yield Segment("correct", after, (*self.predicted, self.y), self.states, self._names(number, "correct"))
 
     def params(self, number: int) -> dict[str, Param]:
