@@ -47,9 +47,26 @@ def step(
     Example:
         >>> logits, past = step(program, past, (), {"input_ids": token}, order=(1, 0))  # doctest: +SKIP
     """
+    stack, sections = independent(program)
+    chosen = list(range(len(sections))) if order is None else list(order)
+    if sorted(chosen) != list(range(len(sections))):
+        remedy = "name every section once"
+        raise IncrementalError(
+            "not an order of the sections", expected=f"0 to {len(sections) - 1}", found=str(chosen), remedy=remedy
+        )
+    return advance(
+        program, continued(program, past, args, kwargs), lambda *given: _Ordered(stack, sections, chosen, *given)
+    )
+
+
+def independent(program: Program) -> tuple[Stack, tuple[Section, ...]]:
+    """The last stack, as it is evaluated token by token, and its sections: two or more, made of layers alone.
+
+    Raises:
+        IncrementalError: the layers need each other in a step, or stand among other ops.
+    """
     stack = next(item for item in reversed(plan_of(program).body) if isinstance(item, Stack))
     sections = sections_of(program, stack)
-    chosen = list(range(len(sections))) if order is None else list(order)
     if len(sections) < 2:
         raise IncrementalError(
             f"the layers of {stack.name!r} cannot run side by side",
@@ -57,15 +74,8 @@ def step(
             found="layers of which each needs the one before in the same step",
             remedy="use program.step; stacks that are staggered with lag >= 1 and reinject=True have such sections",
         )
-    if sorted(chosen) != list(range(len(sections))):
-        remedy = "name every section once"
-        raise IncrementalError(
-            "not an order of the sections", expected=f"0 to {len(sections) - 1}", found=str(chosen), remedy=remedy
-        )
     _require_flat(program, stack)
-    return advance(
-        program, continued(program, past, args, kwargs), lambda *given: _Sections(stack, sections, chosen, *given)
-    )
+    return stack, sections
 
 
 def _require_flat(program: Program, stack: Stack) -> None:
@@ -74,7 +84,7 @@ def _require_flat(program: Program, stack: Stack) -> None:
     inner = stack.ops[numbers[0] : numbers[-1] + 1] if numbers else stack.ops
     shown: set[str] = set()
     for op in inner:
-        made = _made(program, op) if isinstance(op, Call) else set()
+        made = made_by(program, op) if isinstance(op, Call) else set()
         if not isinstance(op, Call) or made & shown:
             raise IncrementalError(
                 f"the sections of {stack.name!r} cannot be taken apart",
@@ -86,7 +96,7 @@ def _require_flat(program: Program, stack: Stack) -> None:
         shown |= {op.reads[i] for i in _late(program, op)}
 
 
-def _made(program: Program, op: Call) -> set[str]:
+def made_by(program: Program, op: Call) -> set[str]:
     """What a layer writes, but for what it hands on as it is."""
     body = program.blocks[op.block].body
     return {name for name, node in zip(op.writes, body.results, strict=True) if node.op != "placeholder"}
@@ -99,31 +109,17 @@ def _late(program: Program, op: Call) -> set[int]:
     return set(range(block.carries)) - inputs_now(block, lagged)[0] if lagged else set()
 
 
-class _Sections(Steps):
-    """Evaluates new tokens section by section."""
+class Alone(Steps):
+    """Evaluates new tokens layer by layer, each without what layers of other sections make of these tokens.
 
-    def __init__(self, stack: Stack, sections: Sequence[Section], order: Sequence[int], *given: Any) -> None:
+    When all have run, what the new tokens show to layers of other sections is added to the caches.
+    """
+
+    def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.stack, self.sections, self.order = stack, sections, order
         self.late: dict[str, tuple[int, ...]] = {}  # by place: the ports whose keys are added when all have run
 
-    def ops(self, ops: Sequence[Op], site: str, indices: Mapping[str, int]) -> None:
-        """Run ops in order; the layers of the last stack by sections."""
-        if ops is not self.stack.ops:
-            super().ops(ops, site, indices)
-            return
-        places = [n for n, op in enumerate(ops) if isinstance(op, Call)]
-        for n in range(places[0]):
-            self.op(ops[n], f"{site}.{n}", indices)
-        for number in self.order:
-            for n in (places[at] for at in self.sections[number].numbers):
-                self._run_alone(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
-        for n in places:
-            self._show(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
-        for n in range(places[-1] + 1, len(ops)):
-            self.op(ops[n], f"{site}.{n}", indices)
-
-    def _run_alone(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
+    def run_alone(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         """A layer without the memory of the new tokens: the stream stands in for it, and none of them reads it."""
         block, lagged = self.program.blocks[op.block], lagged_ports(self.program, op)
         if not lagged:
@@ -154,7 +150,7 @@ class _Sections(Steps):
             plans[port] = Kv("read", "")
         return plans, kept
 
-    def _show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
+    def show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         """Add what the new tokens show to a layer of another section."""
         block, here, now = self.program.blocks[op.block], self._positions(None), self.caches.get(site)
         if now is None:  # it has no attention
@@ -178,6 +174,30 @@ class _Sections(Steps):
             caches[number] = tuple(append_rows(a, b, cached.dim) for a, b, cached in pairs)
         self.caches[site] = replace(now, caches=tuple(caches))
         self._forget(op, block, site)
+
+
+class _Ordered(Alone):
+    """Evaluates new tokens section by section."""
+
+    def __init__(self, stack: Stack, sections: Sequence[Section], order: Sequence[int], *given: Any) -> None:
+        super().__init__(*given)
+        self.stack, self.sections, self.order = stack, sections, order
+
+    def ops(self, ops: Sequence[Op], site: str, indices: Mapping[str, int]) -> None:
+        """Run ops in order; the layers of the last stack by sections."""
+        if ops is not self.stack.ops:
+            super().ops(ops, site, indices)
+            return
+        places = [n for n, op in enumerate(ops) if isinstance(op, Call)]
+        for n in range(places[0]):
+            self.op(ops[n], f"{site}.{n}", indices)
+        for number in self.order:
+            for n in (places[at] for at in self.sections[number].numbers):
+                self.run_alone(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
+        for n in places:
+            self.show(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
+        for n in range(places[-1] + 1, len(ops)):
+            self.op(ops[n], f"{site}.{n}", indices)
 
 
 @dataclass(frozen=True, eq=False)
