@@ -130,9 +130,7 @@ def split(program: Program) -> Split:
         body, read = _body(program, stack, sections, target, made[target])
         bodies.append(body)
         for source in (n for n in range(len(sections)) if n != target):
-            messages += [
-                _message(program, sections, name, source, target) for name in sorted(made[source] & read)
-            ]
+            messages += [_message(program, sections, name, source, target) for name in sorted(made[source] & read)]
     return Split(tuple(_part(program, number, body, messages) for number, body in enumerate(bodies)))
 
 
