@@ -5,11 +5,13 @@ It is given the text of every program, and of the weights those of its own part 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers.integrations.moe
 import transformers.modeling_outputs  # noqa: F401  what the programs return
@@ -19,6 +21,7 @@ from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import depthc
+from depthc.ir.errors import StateDictError
 from depthc.runtime.distributed import Stage, generate
 
 
@@ -55,18 +58,22 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def run(job: Mapping[str, Any], log: Log) -> dict[str, Any]:
-    """A prompt and further tokens one by one; then generation."""
+    """A prompt and further tokens, some a step; then generation."""
     program = depthc.parse(job["text"]).with_weights(job["weights"])
     stage, fixed, tokens, prompt = Stage(program), job["fixed"], job["tokens"], job["prompt"]
+    width = job["at_once"]
     log.taken()  # what an earlier generation did
     with Wide(), log:
         out, past = stage.start(**fixed, **{n: v[:, :prompt] for n, v in tokens.items()})
         outputs, events = [out], [log.taken()]
-        for t in range(prompt, next(iter(tokens.values())).shape[1]):
-            out, past = stage.step(past, **{n: v[:, t : t + 1] for n, v in tokens.items()})
+        for t in range(prompt, next(iter(tokens.values())).shape[1], width):
+            out, past = stage.step(past, **{n: v[:, t : t + width] for n, v in tokens.items()})
             outputs.append(out)
             events.append(log.taken())
         generated = [generate(program, job["ids"], 5, **options) for options in job["generations"]]
+    first, *others = job["weights"]
+    with pytest.raises(StateDictError, match=re.escape(first)):
+        Stage(program.with_weights({n: job["weights"][n] for n in others}))
     return {
         "logits": torch.cat([logits_of(out) for out in outputs], 1) if stage.last else outputs,
         "events": events,

@@ -42,6 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "three": {"stacks": 3},
     "three shared": {"stacks": 3, "shared": True, "window": 3},
 }
+AT_ONCE = {"window": 2}  # tokens a step: as many as the lag at most
 GENERATIONS: list[dict[str, Any]] = [{}, {"temperature": 1.0, "top_k": 5, "seed": 3}]
 
 
@@ -146,6 +147,7 @@ def processes(folder: Path, cases: Mapping[str, tuple[DepthModule, str, Mapping[
             tokens, fixed = growing_of(kind, inputs)
             own = {n: module.program.weights[n].detach().clone() for n in plans[name][rank].weights}
             job = {"text": str(module.program), "weights": own, "tokens": tokens, "fixed": fixed, "prompt": PROMPT}
+            job["at_once"] = AT_ONCE.get(name, 1)
             simple = tokens.keys() == {"ids"}
             jobs[name] = job | {"ids": inputs["ids"] if simple else None, "generations": GENERATIONS if simple else []}
         torch.save((jobs, ranks), folder / f"{rank}.pt")
@@ -191,16 +193,17 @@ def own_cache_bytes(program: Program, past: Past) -> list[int]:
 def check(name: str, found: list[dict[str, Any]]) -> None:
     """Results as in one process; only own weights and caches; a row a step; nothing is waited for before the layers."""
     module, last = compiled(name), len(found) - 1
+    starts = range(PROMPT, LENGTH, AT_ONCE.get(name, 1))
+    widths = [PROMPT, *(min(LENGTH - t, starts.step) for t in starts)]
     expected, past = alone(module, "post_norm", {"ids": ids(BATCH, LENGTH)})
     assert (found[last]["logits"] - expected).abs().max() < 1e-10
     assert [rank["weight_bytes"] for rank in found] == [own_bytes(name, number) for number in range(last + 1)]
     assert [rank["cache_bytes"] for rank in found] == own_cache_bytes(module.program, past)
     for number, rank in enumerate(found):
-        assert number == last or rank["logits"] == [None] * (LENGTH - PROMPT + 1)
+        assert number == last or rank["logits"] == [None] * len(widths)
         targets = [] if number == last else sorted({number + 1, last})
         sources = range(0 if number == last else max(number - 1, 0), number)  # the last one hears of all
-        for step, events in enumerate(rank["events"]):
-            tokens = 1 if step else PROMPT
+        for step, (events, tokens) in enumerate(zip(rank["events"], widths, strict=True)):
             sends = [("send", target, (BATCH, tokens, WIDTH)) for target in targets]
             receives = [("receive", source) for source in sources]
             if step:
