@@ -6,7 +6,7 @@ in the caches. A section runs with those alone; what the new tokens show to othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from depthc.ir.body import Body, InputKind
 from depthc.ir.errors import IncrementalError
 from depthc.ir.evaluate import as_data, indexed
 from depthc.ir.incremental import Past, advance, continued
+from depthc.ir.liveness import writes_of
 from depthc.ir.masks.masks import masks_of
 from depthc.ir.memo import once
 from depthc.ir.plans import plan_of
@@ -63,7 +64,8 @@ def independent(program: Program) -> tuple[Stack, tuple[Section, ...]]:
     """The last stack, as it is evaluated token by token, and its sections: two or more, made of layers alone.
 
     Raises:
-        IncrementalError: the layers need each other in a step, or stand among other ops.
+        IncrementalError: the layers need each other in a step, stand among other ops, or write over one another's
+            values.
     """
     stack = next(item for item in reversed(plan_of(program).body) if isinstance(item, Stack))
     sections = sections_of(program, stack)
@@ -75,6 +77,7 @@ def independent(program: Program) -> tuple[Stack, tuple[Section, ...]]:
             remedy="use program.step; stacks that are staggered with lag >= 1 and reinject=True have such sections",
         )
     _require_flat(program, stack)
+    _require_apart(program, stack, sections)
     return stack, sections
 
 
@@ -94,6 +97,32 @@ def _require_flat(program: Program, stack: Stack) -> None:
                 remedy="use program.step",
             )
         shown |= {op.reads[i] for i in _late(program, op)}
+
+
+def _require_apart(program: Program, stack: Stack, sections: Sequence[Section]) -> None:
+    """Refuse sections that write over what another one, or an op in front of the layers, made."""
+    seen = {leaf.name for leaf in program.signature.inputs}
+    for op in _in_front(plan_of(program).body, stack):
+        seen |= writes_of(op)
+    for number, section in enumerate(sections):
+        made = {name for call in section.calls for name in made_by(program, call)}
+        if made & seen:
+            raise IncrementalError(
+                f"section {number} of {stack.name!r} writes over {', '.join(sorted(made & seen))}",
+                expected="a name of its own for what every section makes",
+                found="one name for values of two sections, or of one and what stands in front of the layers",
+                remedy="rename what the section writes, or use program.step",
+            )
+        seen |= made
+
+
+def _in_front(items: Sequence[Segment | Stack], stack: Stack) -> Iterator[Op]:
+    """All ops in front of a stack's layers."""
+    for item in items:
+        for op in item.ops if isinstance(item, Stack) else (item,):
+            if item is stack and isinstance(op, Call):
+                return
+            yield op
 
 
 def made_by(program: Program, op: Call) -> set[str]:

@@ -9,7 +9,7 @@ from math import prod
 from depthc.codegen.state_map import sources
 from depthc.ir.cost.layers import owner_of
 from depthc.ir.errors import IncrementalError
-from depthc.ir.liveness import live_body, writes_of
+from depthc.ir.liveness import live_body
 from depthc.ir.params import Ref
 from depthc.ir.plans import plan_of, token_dim
 from depthc.ir.program import Call, Op, Program, Segment, Stack
@@ -103,7 +103,7 @@ def split(program: Program) -> Split:
 
     Raises:
         IncrementalError: the program has no incremental form; its layers need each other in a step (fewer than two
-            sections, a lag of 0); or names do not tell apart what sections make.
+            sections, a lag of 0), or write over one another's values; or a part reads what cannot be sent.
 
     Example:
         >>> import torch, depthc
@@ -123,7 +123,6 @@ def split(program: Program) -> Split:
     """
     stack, sections = independent(program)
     made = [{name for call in section.calls for name in made_by(program, call)} for section in sections]
-    _require_apart(program, stack, made)
     bodies: list[Body] = []
     messages: list[Message] = []
     for target in range(len(sections)):
@@ -149,22 +148,6 @@ def _around(program: Program, stack: Stack) -> _Around:
     at = next(n for n, item in enumerate(items) if item is stack)
     places = [n for n, op in enumerate(stack.ops) if isinstance(op, Call)]
     return _Around(items[:at], stack.ops[: places[0]], stack.ops[places[-1] + 1 :], items[at + 1 :])
-
-
-def _require_apart(program: Program, stack: Stack, made: Sequence[set[str]]) -> None:
-    """Refuse sections that write over what another one, or an op in front of the layers, made."""
-    around = _around(program, stack)
-    front = [op for item in around.items for op in (item.ops if isinstance(item, Stack) else (item,))]
-    seen = {leaf.name for leaf in program.signature.inputs}.union(*map(writes_of, (*front, *around.ops)))
-    for number, names in enumerate(made):
-        if names & seen:
-            raise IncrementalError(
-                f"section {number} of {stack.name!r} writes over {', '.join(sorted(names & seen))}",
-                expected="a name of its own for what every section makes",
-                found="one name for values of two devices",
-                remedy="rename what the section writes, or use depthc.ir.side_by_side.step in one process",
-            )
-        seen |= names
 
 
 def _body(
