@@ -14,7 +14,7 @@ from torch import Tensor
 from depthc.ir.continuation import extended
 from depthc.ir.errors import IncrementalError, InputError
 from depthc.ir.plans import plan_of
-from depthc.ir.program import Program, Stack
+from depthc.ir.program import Program, Segment, Stack
 from depthc.ir.signature import bind, unbind
 from depthc.ir.steps import Kept, Steps
 
@@ -102,14 +102,21 @@ def advance(program: Program, past: Past, steps: Callable[..., Steps] = Steps) -
     Args:
         steps: evaluates them: `Steps`, or a class like it.
     """
+    values, after = advanced(program, past, plan_of(program).body, steps)
+    return program.signature.unflatten(values), after
+
+
+def advanced(
+    program: Program, past: Past, body: Sequence[Segment | Stack], steps: Callable[..., Steps] = Steps
+) -> tuple[dict[str, Any], Past]:
+    """Evaluate a part of the program's body as `advance` does: all values by name, and the new past."""
     if False not in program.modes:
         raise InputError("the program was captured in train mode only", remedy="capture the model again in eval mode")
     tensors = program.signature.flatten(*unbind(program.signature.parameters, past.arguments))
     plan = plan_of(program)
     length = program.signature.size_values(tensors)[plan.token]
     run = steps(program, plan, past, tensors, length)
-    for item in plan.body:
+    for item in body:
         run.ops(item.ops if isinstance(item, Stack) else (item,), item.name, {})
     fixed = {name: value for name, value in run.values.items() if plan.kinds.get(name) == "fixed"}
-    outputs = program.signature.unflatten(run.values)
-    return outputs, Past(length, past.arguments, fixed, run.caches, run.stream)
+    return run.values, Past(length, past.arguments, fixed, run.caches, run.stream)

@@ -10,16 +10,21 @@ from depthc.ir.program import Call, Loop, Merge, On, Op, Program, Segment, Selec
 
 def without_taps(program: Program) -> Program:
     """The program without taps, and without ops that only they need (losses)."""
-    live = {output for output in program.signature.outputs if isinstance(output, str)}
+    body, _ = live_body(program.body, {output for output in program.signature.outputs if isinstance(output, str)})
+    return replace(program, body=body)
+
+
+def live_body(items: Sequence[Segment | Stack], live: set[str]) -> tuple[tuple[Segment | Stack, ...], set[str]]:
+    """The segments, and of stacks the ops that values `live` at the end need; and what must be there before."""
     body: list[Segment | Stack] = []
-    for item in reversed(program.body):
+    for item in reversed(items):
         if isinstance(item, Stack):
             ops, live = _live(item.ops, live)
             body.append(replace(item, ops=ops))
         else:
             body.append(item)
             live = live - {*item.writes} | {*item.reads}
-    return replace(program, body=tuple(reversed(body)))
+    return tuple(reversed(body)), live
 
 
 def _live(ops: Sequence[Op], after: set[str]) -> tuple[tuple[Op, ...], set[str]]:

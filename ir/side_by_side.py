@@ -6,7 +6,7 @@ in the caches. A section runs with those alone; what the new tokens show to othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from depthc.ir.body import Body, InputKind
 from depthc.ir.errors import IncrementalError
 from depthc.ir.evaluate import as_data, indexed
 from depthc.ir.incremental import Past, advance, continued
+from depthc.ir.liveness import writes_of
 from depthc.ir.masks.masks import masks_of
 from depthc.ir.memo import once
 from depthc.ir.plans import plan_of
@@ -47,8 +48,27 @@ def step(
     Example:
         >>> logits, past = step(program, past, (), {"input_ids": token}, order=(1, 0))  # doctest: +SKIP
     """
-    stack, sections = sections_in(program)
+    stack, sections = independent(program)
     chosen = list(range(len(sections))) if order is None else list(order)
+    if sorted(chosen) != list(range(len(sections))):
+        remedy = "name every section once"
+        raise IncrementalError(
+            "not an order of the sections", expected=f"0 to {len(sections) - 1}", found=str(chosen), remedy=remedy
+        )
+    return advance(
+        program, continued(program, past, args, kwargs), lambda *given: Sections(stack, sections, chosen, *given)
+    )
+
+
+def independent(program: Program) -> tuple[Stack, tuple[Section, ...]]:
+    """The last stack, as it is evaluated token by token, and its sections: two or more, made of layers alone.
+
+    Raises:
+        IncrementalError: the layers need each other in a step, stand among other ops, or write over one another's
+            values.
+    """
+    stack = next(item for item in reversed(plan_of(program).body) if isinstance(item, Stack))
+    sections = sections_of(program, stack)
     if len(sections) < 2:
         raise IncrementalError(
             f"the layers of {stack.name!r} cannot run side by side",
@@ -56,30 +76,18 @@ def step(
             found="layers of which each needs the one before in the same step",
             remedy="use program.step; stacks that are staggered with lag >= 1 and reinject=True have such sections",
         )
-    if sorted(chosen) != list(range(len(sections))):
-        remedy = "name every section once"
-        raise IncrementalError(
-            "not an order of the sections", expected=f"0 to {len(sections) - 1}", found=str(chosen), remedy=remedy
-        )
-    require_flat(program, stack)
-    return advance(
-        program, continued(program, past, args, kwargs), lambda *given: Sections(stack, sections, chosen, *given)
-    )
+    _require_flat(program, stack)
+    _require_apart(program, stack, sections)
+    return stack, sections
 
 
-def sections_in(program: Program) -> tuple[Stack, tuple[Section, ...]]:
-    """The last stack and its sections."""
-    stack = next(item for item in reversed(plan_of(program).body) if isinstance(item, Stack))
-    return stack, sections_of(program, stack)
-
-
-def require_flat(program: Program, stack: Stack) -> None:
+def _require_flat(program: Program, stack: Stack) -> None:
     """Refuse layers among other ops, and a memory that changes behind a layer that reads it."""
     numbers = [n for n, op in enumerate(stack.ops) if isinstance(op, Call)]
     inner = stack.ops[numbers[0] : numbers[-1] + 1] if numbers else stack.ops
     shown: set[str] = set()
     for op in inner:
-        made = _made(program, op) if isinstance(op, Call) else set()
+        made = made_by(program, op) if isinstance(op, Call) else set()
         if not isinstance(op, Call) or made & shown:
             raise IncrementalError(
                 f"the sections of {stack.name!r} cannot be taken apart",
@@ -91,7 +99,33 @@ def require_flat(program: Program, stack: Stack) -> None:
         shown |= {op.reads[i] for i in _late(program, op)}
 
 
-def _made(program: Program, op: Call) -> set[str]:
+def _require_apart(program: Program, stack: Stack, sections: Sequence[Section]) -> None:
+    """Refuse sections that write over what another one, or an op in front of the layers, made."""
+    seen = {leaf.name for leaf in program.signature.inputs}
+    for op in _in_front(plan_of(program).body, stack):
+        seen |= writes_of(op)
+    for number, section in enumerate(sections):
+        made = {name for call in section.calls for name in made_by(program, call)}
+        if made & seen:
+            raise IncrementalError(
+                f"section {number} of {stack.name!r} writes over {', '.join(sorted(made & seen))}",
+                expected="a name of its own for what every section makes",
+                found="one name for values of two sections, or of one and what stands in front of the layers",
+                remedy="rename what the section writes, or use program.step",
+            )
+        seen |= made
+
+
+def _in_front(items: Sequence[Segment | Stack], stack: Stack) -> Iterator[Op]:
+    """All ops in front of a stack's layers."""
+    for item in items:
+        for op in item.ops if isinstance(item, Stack) else (item,):
+            if item is stack and isinstance(op, Call):
+                return
+            yield op
+
+
+def made_by(program: Program, op: Call) -> set[str]:
     """What a layer writes, but for what it hands on as it is."""
     body = program.blocks[op.block].body
     return {name for name, node in zip(op.writes, body.results, strict=True) if node.op != "placeholder"}
@@ -104,39 +138,17 @@ def _late(program: Program, op: Call) -> set[int]:
     return set(range(block.carries)) - inputs_now(block, lagged)[0] if lagged else set()
 
 
-class Sections(Steps):
-    """Evaluates new tokens section by section."""
+class Alone(Steps):
+    """Evaluates new tokens layer by layer, each without what layers of other sections make of these tokens.
 
-    def __init__(self, stack: Stack, sections: Sequence[Section], order: Sequence[int], *given: Any) -> None:
+    When all have run, what the new tokens show to layers of other sections is added to the caches.
+    """
+
+    def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.stack, self.sections, self.order = stack, sections, order
         self.late: dict[str, tuple[int, ...]] = {}  # by place: the ports whose keys are added when all have run
 
-    def ops(self, ops: Sequence[Op], site: str, indices: Mapping[str, int]) -> None:
-        """Run ops in order; the layers of the last stack by sections."""
-        if ops is not self.stack.ops:
-            super().ops(ops, site, indices)
-            return
-        places = [n for n, op in enumerate(ops) if isinstance(op, Call)]
-        for n in range(places[0]):
-            self.op(ops[n], f"{site}.{n}", indices)
-        layers = [[places[at] for at in self.sections[number].numbers] for number in self.order]
-        self.side_by_side([partial(self._section, ops, own, site, indices) for own in layers])
-        for n in places:
-            self._show(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
-        for n in range(places[-1] + 1, len(ops)):
-            self.op(ops[n], f"{site}.{n}", indices)
-
-    def side_by_side(self, sections: Sequence[Callable[[], None]]) -> None:
-        """Run sections, of which none needs another."""
-        for section in sections:
-            section()
-
-    def _section(self, ops: Sequence[Op], places: Sequence[int], site: str, indices: Mapping[str, int]) -> None:
-        for n in places:
-            self._run_alone(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
-
-    def _run_alone(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
+    def run_alone(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         """A layer without the memory of the new tokens: the stream stands in for it, and none of them reads it."""
         block, lagged = self.program.blocks[op.block], lagged_ports(self.program, op)
         if not lagged:
@@ -167,7 +179,7 @@ class Sections(Steps):
             plans[port] = Kv("read", "")
         return plans, kept
 
-    def _show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
+    def show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         """Add what the new tokens show to a layer of another section."""
         block, now = self.program.blocks[op.block], self.caches.get(site)
         if now is None:  # it has no attention
@@ -201,6 +213,38 @@ class Sections(Steps):
             device=self.device,
         )
         return rows  # type: ignore[no-any-return]
+
+
+class Sections(Alone):
+    """Evaluates new tokens section by section."""
+
+    def __init__(self, stack: Stack, sections: Sequence[Section], order: Sequence[int], *given: Any) -> None:
+        super().__init__(*given)
+        self.stack, self.sections, self.order = stack, sections, order
+
+    def ops(self, ops: Sequence[Op], site: str, indices: Mapping[str, int]) -> None:
+        """Run ops in order; the layers of the last stack by sections."""
+        if ops is not self.stack.ops:
+            super().ops(ops, site, indices)
+            return
+        places = [n for n, op in enumerate(ops) if isinstance(op, Call)]
+        for n in range(places[0]):
+            self.op(ops[n], f"{site}.{n}", indices)
+        layers = [[places[at] for at in self.sections[number].numbers] for number in self.order]
+        self.side_by_side([partial(self._section, ops, own, site, indices) for own in layers])
+        for n in places:
+            self.show(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
+        for n in range(places[-1] + 1, len(ops)):
+            self.op(ops[n], f"{site}.{n}", indices)
+
+    def side_by_side(self, sections: Sequence[Callable[[], None]]) -> None:
+        """Run sections, of which none needs another."""
+        for section in sections:
+            section()
+
+    def _section(self, ops: Sequence[Op], places: Sequence[int], site: str, indices: Mapping[str, int]) -> None:
+        for n in places:
+            self.run_alone(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,8 @@ from depthc.ir.plans import plan_of, token_dim
 from depthc.ir.program import Block, Call, Kv, Merge, On, Program, Segment, Select, Stack
 from depthc.ir.rows.execution import Cache
 from depthc.ir.rows.gather import Rows
-from depthc.ir.side_by_side import Sections, require_flat, sections_in
+from depthc.ir.sections import Section
+from depthc.ir.side_by_side import Sections, independent
 from depthc.ir.signature import bind, unbind
 from depthc.ir.steps import Steps
 from depthc.ir.text.functions import walk
@@ -51,7 +52,8 @@ class Decoder:
     Attributes:
         logits: [batch, vocabulary], those behind the last token so far. A step writes over them where a graph is held.
         place: how many tokens there are so far.
-        sections: how many layers each part of a step has that runs beside the others (`depthc.ir.sections`).
+        sections: how many layers each part of a step has that runs beside others (`depthc.ir.sections`); none, where
+            layers run one after another.
 
     Raises:
         IncrementalError: the program has no incremental form, or none of fixed shapes; says why.
@@ -95,11 +97,8 @@ class Decoder:
         self._at = torch.full((1, 1), self.place - 1, device=prompt.device)
         self._run_rows = RowsLowering(torch.compile if compile else lambda function: function)
         self._graph: torch.cuda.CUDAGraph | None = None
-        stack, sections = sections_in(self.program)
-        self.sections = tuple(section.depth for section in sections)
-        self._sections = (stack, sections, range(len(sections))) if len(sections) > 1 else None
-        if self._sections:
-            require_flat(self.program, stack)
+        self._sections = _side_by_side(self.program)
+        self.sections = tuple(section.depth for section in self._sections[1]) if self._sections else ()
         if self._past.length < self.place:
             self._require_agreement()
         if prompt.is_cuda if graph is None else graph:
@@ -289,12 +288,21 @@ class FixedSections(Fixed, Sections):
         for stream in streams:
             current.wait_stream(stream)
 
-    def _show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
+    def show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         layouts = cached_of(self.program.blocks[op.block])
         for number in self.late.get(site, ()):
             rows, kept = self.shown(op, number, indices), self.static[site][number]
             for own, row, cached in zip(kept or (), rows, layouts[number], strict=True):
                 own.index_copy_(cached.dim, self.place[0], row)
+
+
+def _side_by_side(program: Program) -> tuple[Stack, tuple[Section, ...], range] | None:
+    """The last stack, its sections and their order; None where its layers need each other in a step."""
+    try:
+        stack, sections = independent(program)
+    except IncrementalError:
+        return None
+    return stack, sections, range(len(sections))
 
 
 def _lengthened(x: Tensor, length: int, value: int, dim: int = 1) -> Tensor:

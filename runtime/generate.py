@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +60,33 @@ def generate(
     others = dict(arguments or {})
     slots = _slots(program, argument, others)
     draws = torch.Generator(prompt.device).manual_seed(seed)
-    logits, past = program.start(**{slots.tokens: prompt}, **others)
+
+    def choose(logits: Tensor) -> Tensor:
+        return _choose(logits[:, -1], temperature, top_k, draws).to(prompt.dtype)
+
+    return _continued(program, slots, prompt, new_tokens, others, choose, stop)
+
+
+def _continued(
+    program: Any,
+    slots: _Slots,
+    prompt: Tensor,
+    new_tokens: int,
+    others: Mapping[str, Any],
+    choose: Callable[[Any], Tensor],
+    stop: int | None,
+) -> Tensor:
+    """Prompts and what follows; of a program, or what has its `start` and `step`."""
+    outputs, past = program.start(**{slots.tokens: prompt}, **others)
     tokens, ended = [prompt], torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
     for number in range(new_tokens):
-        token = _choose(logits[:, -1], temperature, top_k, draws).to(prompt.dtype)
+        token = choose(outputs)
         if stop is not None:
             token = token.masked_fill(ended, stop)
             ended = ended | (token == stop)
         tokens.append(token)
         if number + 1 < new_tokens:
-            logits, past = program.step(past, **{slots.tokens: token}, **slots.continued(token))
+            outputs, past = program.step(past, **{slots.tokens: token}, **slots.continued(token))
     return torch.cat(tokens, 1)
 
 
