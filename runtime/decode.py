@@ -7,7 +7,7 @@ not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,9 +87,16 @@ class Decoder:
                 remedy="give a greater length",
             )
         others = dict(arguments or {})
-        slots = _slots(self.program, argument, others)
+        slots, graph = _slots(self.program, argument, others), prompt.is_cuda if graph is None else graph
+        if graph and not prompt.is_cuda:
+            raise InputError(
+                "a CUDA graph needs CUDA",
+                expected="a prompt on a GPU",
+                found=f"one on {prompt.device.type}",
+                remedy="move model and prompt, or leave graph out",
+            )
         self.logits, self._past = self._read(prompt, slots, others)
-        masks = {name: _lengthened(others[name], length, on) for name, (_, on) in slots.masks.items()}
+        masks = {name: _lengthened(others[name], length, on) for name, (_, on) in slots.masks.items() if name in others}
         self._tokens = _lengthened(prompt, length, 0)
         arguments = bind(self.program.signature.parameters, (), {**others, **masks, slots.tokens: self._tokens})
         self._tensors = self.program.signature.flatten(*unbind(self.program.signature.parameters, arguments))
@@ -101,7 +108,7 @@ class Decoder:
         self.sections = tuple(section.depth for section in self._sections[1]) if self._sections else ()
         if self._past.length < self.place:
             self._require_agreement()
-        if prompt.is_cuda if graph is None else graph:
+        if graph:
             self._hold()
 
     @torch.no_grad()
@@ -109,8 +116,15 @@ class Decoder:
         """The logits [batch, vocabulary] behind one more token [batch, 1].
 
         Raises:
-            InputError: the sequence is full.
+            InputError: the sequence is full, or there is not one token a row.
         """
+        if token.shape != (len(self._tokens), 1):
+            raise InputError(
+                "a step takes one token a row",
+                expected=f"[{len(self._tokens)}, 1]",
+                found=str(list(token.shape)),
+                remedy="give the tokens one by one",
+            )
         if self.place == self.length:
             raise InputError(
                 f"the sequence has {self.length} tokens already",
@@ -139,7 +153,7 @@ class Decoder:
         A prompt of two tokens is taken whole.
         """
         first = self.place - 1 if self.place > 2 else self.place  # one token alone may not be what was captured
-        masks = {name: others[name] for name in slots.masks}
+        masks = {name: others[name] for name in slots.masks if name in others}
 
         def part(start: int, end: int) -> dict[str, Any]:
             return {name: x[:, start:end] for name, x in {**masks, slots.tokens: prompt}.items()}
@@ -236,11 +250,16 @@ class Fixed(Steps):
             training=False,
             device=self.device,
         )
-        for number, (port, old, new) in enumerate(zip(ports, kept, written, strict=True)):
+        for number, (port, new, layouts) in enumerate(zip(ports, written, cached_of(block), strict=True)):
             if not (port.cross or number in lagging):
-                for own, renewed in zip(old or (), new or (), strict=True):
-                    own.copy_(renewed)
+                made = (x.index_select(c.dim, self.place[0]) for x, c in zip(new or (), layouts, strict=True))
+                self._write(name, number, made, layouts)
         return results  # type: ignore[no-any-return]
+
+    def _write(self, name: str, port: int, rows: Iterable[Tensor], layouts: Sequence[Cached]) -> None:
+        """Write the rows of the token into what a port keeps."""
+        for own, row, cached in zip(self.static[name][port] or (), rows, layouts, strict=True):
+            own.index_copy_(cached.dim, self.place[0], row)
 
     def _kept(self, name: str, block: Block) -> Sequence[Cache | None]:
         """The caches of an application with a row for every place, made of what the prompt left there."""
@@ -291,9 +310,7 @@ class FixedSections(Fixed, Sections):
     def show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         layouts = cached_of(self.program.blocks[op.block])
         for number in self.late.get(site, ()):
-            rows, kept = self.shown(op, number, indices), self.static[site][number]
-            for own, row, cached in zip(kept or (), rows, layouts[number], strict=True):
-                own.index_copy_(cached.dim, self.place[0], row)
+            self._write(site, number, self.shown(op, number, indices), layouts[number])
 
 
 def _side_by_side(program: Program) -> tuple[Stack, tuple[Section, ...], range] | None:

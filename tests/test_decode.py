@@ -136,6 +136,10 @@ def test_what_cannot_be_decoded_so() -> None:
     full = depthc.Decoder(program, tokens[:, :4], 4)
     with pytest.raises(InputError, match="has 4 tokens already"):
         full.step(tokens[:, 4:5])
+    with pytest.raises(InputError, match="one token a row"):
+        full.step(tokens[:, 4])
+    with pytest.raises(InputError, match="a CUDA graph needs CUDA"):
+        depthc.Decoder(program, tokens[:, :4], 9, graph=True)
     counted = depthc.capture(Counted(model).eval(), (tokens,))
     with pytest.raises(IncrementalError, match="later tokens changed"):
         depthc.Decoder(counted, tokens[:, :4], 9)
