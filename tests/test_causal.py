@@ -127,7 +127,7 @@ def test_padding_stays() -> None:
     assert flagged(program) is program
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_key_heads_are_shared_in_half_precision() -> None:
     """In single precision repeating them is what fast kernels need."""
     model, program, kwargs = captured("llama", torch.bfloat16)

@@ -115,8 +115,20 @@ def assert_judged_alike(found: dict[str, Tensor], expected: dict[str, Tensor], t
 
 
 QUICK = {("tie", "bodies", True, "states"), ("recursion", "bodies", True, "states")}
+SLOW = {
+    ("share_first", "bodies", True, "states"),
+    ("tie", "bodies", False, "tokens"),
+    ("recursion", "bodies", False, "tokens"),
+    ("recursion", "whole", True, "states"),
+    ("tie", "whole", False, "states"),
+    ("packed", "bodies", True, "states"),
+}
 CASES = [
-    pytest.param(*case, id="-".join(map(str, case)), marks=[] if case in QUICK else pytest.mark.slow)
+    pytest.param(
+        *case,
+        id="-".join(map(str, case)),
+        marks=[] if case in QUICK else pytest.mark.slow if case in SLOW else pytest.mark.thorough,
+    )
     for case in (
         *itertools.product(WHOLE, ["bodies"], (True, False), ("tokens", "states")),
         *itertools.product(WHOLE, ["whole"], (True, False), ["states"]),

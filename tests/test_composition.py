@@ -63,6 +63,15 @@ def assert_agree(module: DepthModule, expected: Tensor, inputs: Mapping[str, Ten
 
 # against oracles
 
+SOME = [
+    *("llama", "parallel"),
+    *(
+        pytest.param(k, marks=pytest.mark.thorough)
+        for k in (*oracles.KINDS, oracles.QK_NORM)
+        if k not in ("llama", "parallel")
+    ),
+]
+
 
 @pytest.mark.slow
 def test_stagger_over_a_tied_loop() -> None:
@@ -82,7 +91,7 @@ def test_widen_around_a_loop() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*oracles.KINDS, oracles.QK_NORM])
+@pytest.mark.parametrize("kind", SOME)
 @pytest.mark.parametrize(
     "options",
     [

@@ -25,7 +25,7 @@ from depthc.ir.side_by_side import step
 
 from .models import Spec, Stacked, ids, seeded
 from .routed import ROWS, captured, logits_of, stepped
-from .test_stagger import ALL, SETTINGS, compiled, for_oracle
+from .test_stagger import SETTINGS, SOME, compiled, for_oracle
 
 PROMPT, LENGTH = 4, 9
 
@@ -71,7 +71,7 @@ def test_step_by_step(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", SOME)
 def test_step_by_step_in_any_order(kind: str) -> None:
     """With padding; in the order of the program, and with the last stack first."""
     inputs, real = captured(kind, "padded")[2], ROWS["padded"]
@@ -181,7 +181,7 @@ def test_of_a_window_only_the_window_is_kept(lag: int, window: int, order: tuple
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["hybrid", "parallel"])
+@pytest.mark.parametrize("kind", ["parallel", pytest.param("hybrid", marks=pytest.mark.thorough)])
 def test_caches_cost_what_is_said(kind: str) -> None:
     """Windows of the layers' own are forgotten as well."""
     program, inputs = compiled(kind, **SETTINGS["four"]).program, captured(kind, "full")[2]

@@ -90,6 +90,8 @@ def _init(type: Type, law: str, seed: int, used: dict[str, None]) -> list[Piece]
         return [f"torch.{law}({shape}, dtype={type.dtype})"]
     if law == "eye":
         return [f"torch.eye(*{shape}, dtype={type.dtype})"]
+    if law == "last":
+        return [f"torch.eye({type.sizes({})[-1]}, dtype={type.dtype})[-1].expand({shape}).clone()"]
     used["normal"] = None
     std = float(law.removeprefix("normal(").removesuffix(")"))
     return [f"normal({shape}, {std!r}, seed=", number(seed), f", dtype={type.dtype})"]

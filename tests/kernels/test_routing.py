@@ -25,7 +25,7 @@ from depthc.ir.program import Loop, Merge, Tap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MORE = pytest.mark.thorough
-ROUTED = ("olmo2", "gpt_neox", "mixtral")  # a post-norm, a parallel and an MoE model
+ROUTED = ("olmo2", *(pytest.param(n, marks=MORE) for n in ("gpt_neox", "mixtral")))  # post-norm, parallel, MoE
 
 
 class Ops(TorchDispatchMode):

@@ -32,7 +32,7 @@ def looped(stream: Tensor, weight: Tensor) -> Tensor:
     return torch.tensor([[sum(a * b for a, b in zip(x, w, strict=True)) for x in row] for row in rows])
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 70))
 def test_forward(B: int, S: int, D: int) -> None:
     stream, weight = made(B, S, D)
@@ -42,7 +42,7 @@ def test_forward(B: int, S: int, D: int) -> None:
     torch.testing.assert_close(found.cpu(), looped(stream, weight), rtol=1e-5, atol=1e-4)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 70), st.booleans())
 def test_gradients(B: int, S: int, D: int, carried: bool) -> None:
     """Against the loop's own derivative: of a token g w, of the weight the sum of g x; with the stream and without."""
