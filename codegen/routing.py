@@ -18,7 +18,7 @@ from depthc.codegen.kernels import select as selecting
 from depthc.codegen.kernels.combine.fused import combine_fused
 from depthc.codegen.kernels.combine.match import OFF, Options, options_of
 from depthc.codegen.kernels.combine.reference import inverse_of
-from depthc.codegen.kernels.common import runs_on
+from depthc.codegen.kernels.common import FLOATS, runs_on
 from depthc.codegen.kernels.rows import take_rows
 from depthc.codegen.kernels.score import match as scoring
 from depthc.ir.evaluate import Evaluator, indexed
@@ -159,6 +159,7 @@ class KernelEvaluator(Evaluator):
         if options is None:
             return False
         stream, weight = values[op.reads[0]], self.param(indexed(op.params[0], indices))
+        weight = weight.float() if weight.dtype in FLOATS else weight  # of a module in half precision
         if score.applies(stream, weight):
             return False
         values[op.writes[0]] = score.score_rows(stream.detach() if options.apart else stream, weight)

@@ -144,9 +144,26 @@ class Alone(Steps):
     When all have run, what the new tokens show to layers of other sections is added to the caches.
     """
 
-    def __init__(self, *given: Any) -> None:
+    def __init__(self, stack: Stack, *given: Any) -> None:
         super().__init__(*given)
+        self.stack = stack
         self.late: dict[str, tuple[int, ...]] = {}  # by place: the ports whose keys are added when all have run
+
+    def ops(self, ops: Sequence[Op], site: str, indices: Mapping[str, int]) -> None:
+        """Run ops in order; those of the stack as what stands in front of its layers, the layers, and what follows."""
+        if ops is not self.stack.ops:
+            super().ops(ops, site, indices)
+            return
+        places = [n for n, op in enumerate(ops) if isinstance(op, Call)]
+        for n in range(places[0]):
+            self.op(ops[n], f"{site}.{n}", indices)
+        self.layers({f"{site}.{n}": ops[n] for n in places}, indices)  # type: ignore[misc]
+        for n in range(places[-1] + 1, len(ops)):
+            self.op(ops[n], f"{site}.{n}", indices)
+
+    def layers(self, calls: Mapping[str, Call], indices: Mapping[str, int]) -> None:
+        """Run the layers of the stack, given by their places."""
+        raise NotImplementedError
 
     def run_alone(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         """A layer without the memory of the new tokens: the stream stands in for it, and none of them reads it."""
@@ -219,32 +236,25 @@ class Sections(Alone):
     """Evaluates new tokens section by section."""
 
     def __init__(self, stack: Stack, sections: Sequence[Section], order: Sequence[int], *given: Any) -> None:
-        super().__init__(*given)
-        self.stack, self.sections, self.order = stack, sections, order
+        super().__init__(stack, *given)
+        self.sections, self.order = sections, order
 
-    def ops(self, ops: Sequence[Op], site: str, indices: Mapping[str, int]) -> None:
-        """Run ops in order; the layers of the last stack by sections."""
-        if ops is not self.stack.ops:
-            super().ops(ops, site, indices)
-            return
-        places = [n for n, op in enumerate(ops) if isinstance(op, Call)]
-        for n in range(places[0]):
-            self.op(ops[n], f"{site}.{n}", indices)
-        layers = [[places[at] for at in self.sections[number].numbers] for number in self.order]
-        self.side_by_side([partial(self._section, ops, own, site, indices) for own in layers])
-        for n in places:
-            self.show(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
-        for n in range(places[-1] + 1, len(ops)):
-            self.op(ops[n], f"{site}.{n}", indices)
+    def layers(self, calls: Mapping[str, Call], indices: Mapping[str, int]) -> None:
+        """Run the layers, then add what the new tokens show to the caches."""
+        sites = list(calls)
+        parts = [[sites[at] for at in self.sections[number].numbers] for number in self.order]
+        self.side_by_side([partial(self._section, {site: calls[site] for site in part}, indices) for part in parts])
+        for site, call in calls.items():
+            self.show(call, site, indices)
 
     def side_by_side(self, sections: Sequence[Callable[[], None]]) -> None:
         """Run sections, of which none needs another."""
         for section in sections:
             section()
 
-    def _section(self, ops: Sequence[Op], places: Sequence[int], site: str, indices: Mapping[str, int]) -> None:
-        for n in places:
-            self.run_alone(ops[n], f"{site}.{n}", indices)  # type: ignore[arg-type]
+    def _section(self, calls: Mapping[str, Call], indices: Mapping[str, int]) -> None:
+        for site, call in calls.items():
+            self.run_alone(call, site, indices)
 
 
 @dataclass(frozen=True, eq=False)

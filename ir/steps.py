@@ -137,16 +137,24 @@ class Steps:
             kv=plans,
             caches=kept.caches,
             ordered=True,
+            causal=(),
             length=self.length,
+            training=False,
             device=self.device,
         )
         stores = any(p.mode == "store" and not port.cross for p, port in zip(plans, ports_of(block), strict=True))
         keys = kept.keys.followed_by(here, rows[0].shape[0], self.device) if stores else kept.keys
         if ports_of(block):
-            self._put(op, indices, site, _compact(block, Kept(caches, keys)))
+            self._store(op, block, plans, Kept(caches, keys), site, indices)
         return results
 
     # Caches: by the slot of a key/value plan, or by the place of the application.
+
+    def _store(
+        self, op: Segment | Call, block: Block, plans: Sequence[Kv], kept: Kept, site: str, indices: Mapping[str, int]
+    ) -> None:
+        """Keep what a run left in the caches of a block's ports."""
+        self._put(op, indices, site, _compact(block, kept))
 
     def _slot(self, op: Segment | Call, site: str, indices: Mapping[str, int]) -> str:
         plans = op.kv if isinstance(op, Call) else ()

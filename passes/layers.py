@@ -91,7 +91,8 @@ def streams_of(one: Pass, program: Program, ops: Sequence[Op], layers: Sequence[
     between = next((op for op in inner if isinstance(op, Segment)), None)
     if between is not None:
         again = f"put {one.title} earlier in the recipe, and once"
-        raise one.refuse(f"there are other ops between the layers: {between.name}", remedy=again)
+        what = f"there are other ops between the layers: {between.name}"
+        raise one.refuse(what, expected="layers alone", found=between.name, remedy=again)
     runs: list[list[Call]] = []
     for call in layers:
         before = runs[-1][-1] if runs else None

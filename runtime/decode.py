@@ -8,6 +8,7 @@ not count.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from depthc.codegen.rows import RowsLowering
 from depthc.ir.axes.caches import Cached, cached_of
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import IncrementalError, InputError
-from depthc.ir.evaluate import indexed
+from depthc.ir.evaluate import WeightParams
 from depthc.ir.incremental import Past
 from depthc.ir.plans import plan_of, token_dim
 from depthc.ir.program import Block, Call, Kv, Merge, On, Program, Segment, Select, Stack
@@ -28,10 +29,10 @@ from depthc.ir.rows.gather import Rows
 from depthc.ir.sections import Section
 from depthc.ir.side_by_side import Sections, independent
 from depthc.ir.signature import bind, unbind
-from depthc.ir.steps import Steps
+from depthc.ir.steps import Kept, Steps
 from depthc.ir.text.functions import walk
 from depthc.ir.tokens import TokenSet
-from depthc.runtime.generate import _scoring, _Slots, _slots
+from depthc.runtime.generate import Slots, scoring, slots_of
 
 _FAR = 0.05  # relative errors of bf16 are far below
 
@@ -76,7 +77,7 @@ class Decoder:
         compile: bool = False,
         graph: bool | None = None,
     ) -> None:
-        self.program = flagged(_scoring(model.program if isinstance(model, DepthModule) else model))
+        self.program = flagged(scoring(model.program if isinstance(model, DepthModule) else model))
         self.plan, self.length, self.place = plan_of(self.program), length, prompt.shape[1]
         _require_fixed_shapes(self.program)
         if not 0 < self.place <= length:
@@ -87,7 +88,7 @@ class Decoder:
                 remedy="give a greater length",
             )
         others = dict(arguments or {})
-        slots, graph = _slots(self.program, argument, others), prompt.is_cuda if graph is None else graph
+        slots, graph = slots_of(self.program, argument, others), prompt.is_cuda if graph is None else graph
         if graph and not prompt.is_cuda:
             raise InputError(
                 "a CUDA graph needs CUDA",
@@ -100,15 +101,16 @@ class Decoder:
         self._tokens = _lengthened(prompt, length, 0)
         arguments = bind(self.program.signature.parameters, (), {**others, **masks, slots.tokens: self._tokens})
         self._tensors = self.program.signature.flatten(*unbind(self.program.signature.parameters, arguments))
-        self._caches = Caches()
+        self._caches, self._param = Caches(), WeightParams(self.program)
         self._at = torch.full((1, 1), self.place - 1, device=prompt.device)
         self._run_rows = RowsLowering(torch.compile if compile else lambda function: function)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._sections = _side_by_side(self.program)
         self.sections = tuple(section.depth for section in self._sections[1]) if self._sections else ()
+        self._streams = [torch.cuda.Stream() for _ in (0, *self.sections)] if prompt.is_cuda else []
         if self._past.length < self.place:
             self._require_agreement()
-        if graph:
+        if graph and self.place < length:
             self._hold()
 
     @torch.no_grad()
@@ -147,7 +149,7 @@ class Decoder:
         held = [t for caches in self._caches.values() for cache in caches for t in cache or ()]
         return sum(t.numel() * t.element_size() for t in held)
 
-    def _read(self, prompt: Tensor, slots: _Slots, others: Mapping[str, Any]) -> tuple[Tensor, Past]:
+    def _read(self, prompt: Tensor, slots: Slots, others: Mapping[str, Any]) -> tuple[Tensor, Past]:
         """The logits behind a prompt, and the past of all its tokens but the last, which a step is tried with.
 
         A prompt of two tokens is taken whole.
@@ -166,10 +168,12 @@ class Decoder:
     def _advance(self) -> Tensor:
         """The step at `_at`; caches are written over."""
         given = self.program, self.plan, self._past, self._tensors, self.length
-        steps = Fixed(*given) if self._sections is None else FixedSections(*self._sections, *given)
-        steps.fix(self._caches, self._at, self._run_rows)
+        steps = FixedSections(*self._sections, *given) if self._sections else Fixed(*given)
+        steps.static, steps.place, steps.fresh = self._caches, self._at, 1
+        steps.run_rows, steps.evaluator.param, steps.streams = self._run_rows, self._param, self._streams[1:]
         for item in self.plan.body:
             steps.ops(item.ops if isinstance(item, Stack) else (item,), item.name, {})
+        self._past = replace(self._past, caches={}, stream=None)  # they have been taken over
         return self.program.signature.unflatten(steps.values)[:, -1]  # type: ignore[no-any-return]
 
     def _require_agreement(self) -> None:
@@ -188,31 +192,33 @@ class Decoder:
             )
 
     def _hold(self) -> None:
-        """Capture a step; those that warm up write what the prompt wrote again."""
-        side = torch.cuda.Stream()
+        """Capture a step; those that warm up write a row that the first step writes again."""
+        self._at.fill_(self.place)
+        side = self._streams[0]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 self._advance()
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=side):
             found = self._advance()
         found.copy_(self.logits)
         self.logits = found
 
 
 class Fixed(Steps):
-    """Evaluates one token at a place that only the device knows, with caches that have a row for every place."""
+    """Evaluates one token at a place that only the device knows, with caches that have a row for every place.
 
-    def fix(self, caches: Caches, place: Tensor, run_rows: Callable[..., Any]) -> None:
-        """Say where the token is and what is kept; before anything is run."""
-        self.static, self.place, self.run_rows, self.fresh = caches, place, run_rows, 1
-        self.every = torch.arange(self.length, device=place.device)[None]
+    Attributes:
+        static: what the ports of every application keep, by its name.
+        place: [1, 1], where the token is.
+        streams: for sections that run at the same time; one each.
+    """
 
-    def lagging(self, site: str) -> tuple[int, ...]:
-        """The ports of an application to which the token itself is added later."""
-        return ()
+    static: Caches
+    place: Tensor
+    streams: Sequence[torch.cuda.Stream]
 
     def _positions(self, tokens: TokenSet | None) -> Rows:
         return Rows(1, self.place)
@@ -221,40 +227,21 @@ class Fixed(Steps):
         value: Tensor = self.values[name]
         return value if self.kinds[name] == "rows" else value.index_select(token_dim(block), self.place[0])
 
-    def _run(
-        self,
-        op: Segment | Call,
-        block: Block,
-        rows: list[Tensor],
-        sides: list[Any],
-        here: Rows,
-        site: str,
-        indices: Mapping[str, int],
-    ) -> tuple[Tensor, ...]:
-        ports, name = ports_of(block), self._slot(op, site, indices)
-        kept, lagging = self._kept(name, block), self.lagging(site)
-        results, written = self.run_rows(
-            block,
-            rows,
-            sides,
-            [self.evaluator.param(indexed(p, indices)) for p in op.params],
-            op.consts if isinstance(op, Call) else (),
-            positions=here.positions,
-            key_positions=self.every,
-            key_valid=self.every <= self.place,
-            kv=[Kv("read" if port.cross or n in lagging else "update", "cache") for n, port in enumerate(ports)],
-            caches=kept,
-            ordered=True,
-            causal=(),
-            length=self.length,
-            training=False,
-            device=self.device,
-        )
-        for number, (port, new, layouts) in enumerate(zip(ports, written, cached_of(block), strict=True)):
-            if not (port.cross or number in lagging):
-                made = (x.index_select(c.dim, self.place[0]) for x, c in zip(new or (), layouts, strict=True))
-                self._write(name, number, made, layouts)
-        return results  # type: ignore[no-any-return]
+    def _plans(self, op: Segment | Call, block: Block, site: str, indices: Mapping[str, int]) -> tuple[list[Kv], Kept]:
+        ports = ports_of(block)
+        every = torch.arange(self.length, device=self.device)[None]
+        keys = Rows(self.length, every, every <= self.place)
+        plans = [Kv("read" if port.cross else "update", "cache") for port in ports]
+        return plans, Kept(tuple(self._kept(self._slot(op, site, indices), block)), keys)
+
+    def _store(
+        self, op: Segment | Call, block: Block, plans: Sequence[Kv], kept: Kept, site: str, indices: Mapping[str, int]
+    ) -> None:
+        name = self._slot(op, site, indices)
+        for number, (plan, new, layouts) in enumerate(zip(plans, kept.caches, cached_of(block), strict=True)):
+            if plan.mode == "update":
+                rows = [x.index_select(c.dim, self.place[0]) for x, c in zip(new or (), layouts, strict=True)]
+                self._write(name, number, rows, layouts)
 
     def _write(self, name: str, port: int, rows: Iterable[Tensor], layouts: Sequence[Cached]) -> None:
         """Write the rows of the token into what a port keeps."""
@@ -288,23 +275,20 @@ class Fixed(Steps):
         return _lengthened(rows, self.length, 0, layout.dim)
 
 
-class FixedSections(Fixed, Sections):
+class FixedSections(Sections, Fixed):
     """The same of a program whose layers are sections that run at the same time: branches of a CUDA graph."""
-
-    def lagging(self, site: str) -> tuple[int, ...]:
-        return self.late.get(site, ())
 
     def side_by_side(self, sections: Sequence[Callable[[], None]]) -> None:
         if not self.place.is_cuda:
             super().side_by_side(sections)
             return
         # None of them runs on the current stream: what that frees meanwhile is not given to others.
-        current, streams = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in sections]
-        for stream, section in zip(streams, sections, strict=True):
+        current = torch.cuda.current_stream()
+        for stream, section in zip(self.streams, sections, strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 section()
-        for stream in streams:
+        for stream in self.streams:
             current.wait_stream(stream)
 
     def show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
@@ -329,12 +313,26 @@ def _lengthened(x: Tensor, length: int, value: int, dim: int = 1) -> Tensor:
 
 
 def _require_fixed_shapes(program: Program) -> None:
+    """Refuse layers that some tokens pass by, and layers that share keys.
+
+    Raises:
+        IncrementalError: says which.
+    """
     for op, _ in walk(program.stacks):
-        routed = isinstance(op, Select | On | Merge)
-        if routed or (isinstance(op, Call) and any(plan.mode != "fresh" for plan in op.kv)):
+        if isinstance(op, Select | On | Merge):
             raise IncrementalError(
-                "the data decide how many tokens come to a layer" if routed else "layers share their keys",
-                expected="a program without routing",
+                "the data decide how many tokens come to a layer",
+                where=op.tokens if isinstance(op, On) else op.write,
+                expected="layers on all tokens",
                 found=f"a {type(op).__name__.lower()}",
+                remedy="use generate, or program.step",
+            )
+        shared = [plan for plan in op.kv if plan.mode != "fresh"] if isinstance(op, Call) else []
+        if isinstance(op, Call) and shared:
+            raise IncrementalError(
+                "layers share their keys",
+                where=op.layer or op.block,
+                expected="keys of every layer's own",
+                found=f"{shared[0].mode} {shared[0].slot}",
                 remedy="use generate, or program.step",
             )

@@ -6,7 +6,7 @@ memory to the next one, and what is combined to the last one, which returns the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from depthc.codegen.module import DepthModule
 from depthc.ir.errors import InputError
 from depthc.ir.incremental import Past, advanced, continued
 from depthc.ir.params import Ref
-from depthc.ir.program import Call, Op, Program
+from depthc.ir.program import Call, Program
 from depthc.ir.side_by_side import Alone
 from depthc.ir.signature import bind
-from depthc.runtime.generate import _choose, _continued, _scoring, _slots
+from depthc.runtime.generate import choose_token, continue_prompts, scoring, slots_of
 from depthc.runtime.split import split
 
 
@@ -91,24 +91,15 @@ class _Steps(Alone):
     """Evaluates new tokens through one part, with messages around its layers."""
 
     def __init__(self, stage: Stage, *given: Any) -> None:
-        super().__init__(*given)
+        super().__init__(stage.part.stack, *given)
         self.stage, self.part = stage, stage.part
         self.sending: list[tuple[Any, Tensor]] = []  # a tensor lives until it is sent
 
-    def ops(self, ops: Sequence[Op], site: str, indices: Mapping[str, int]) -> None:
-        """Run ops in order; the layers of the part between its messages."""
-        if ops is not self.part.stack.ops:
-            super().ops(ops, site, indices)
-            return
-        places = [n for n, op in enumerate(ops) if isinstance(op, Call)]
-        for n in range(places[0]):
-            self.op(ops[n], f"{site}.{n}", indices)
-        layers = {f"{site}.{n}": ops[n] for n in places}
-        (self._step if self.past.length else self._prompt)(layers, indices)  # type: ignore[arg-type]
+    def layers(self, calls: Mapping[str, Call], indices: Mapping[str, int]) -> None:
+        """The layers of the part, between its messages."""
+        (self._step if self.past.length else self._prompt)(calls, indices)
         for work, _ in self.sending:
             work.wait()
-        for n in range(places[-1] + 1, len(ops)):
-            self.op(ops[n], f"{site}.{n}", indices)
 
     def _prompt(self, layers: Mapping[str, Call], indices: Mapping[str, int]) -> None:
         """Tokens of a prompt see memory of others of them: rank after rank."""
@@ -172,12 +163,12 @@ def generate(
     Example:
         >>> generate(program, ids, 20)  # on every rank  # doctest: +SKIP
     """
-    program, others = _scoring(model.program if isinstance(model, DepthModule) else model), dict(arguments or {})
-    stage, slots = Stage(program, group), _slots(program, argument, others)
+    program, others = scoring(model.program if isinstance(model, DepthModule) else model), dict(arguments or {})
+    stage, slots = Stage(program, group), slots_of(program, argument, others)
     draws = torch.Generator(prompt.device).manual_seed(seed)
 
     def choose(logits: Tensor | None) -> Tensor:
-        own = prompt[:, -1:].clone() if logits is None else _choose(logits[:, -1], temperature, top_k, draws)
+        own = prompt[:, -1:].clone() if logits is None else choose_token(logits[:, -1], temperature, top_k, draws)
         return stage.shared(own.to(prompt.dtype).contiguous())
 
-    return _continued(stage, slots, prompt, new_tokens, others, choose, stop)
+    return continue_prompts(stage, slots, prompt, new_tokens, others, choose, stop)

@@ -56,20 +56,20 @@ def generate(
     Example:
         >>> generate(compiled, ids, 20, temperature=0.8)  # doctest: +SKIP
     """
-    program = _scoring(model.program if isinstance(model, DepthModule) else model)
+    program = scoring(model.program if isinstance(model, DepthModule) else model)
     others = dict(arguments or {})
-    slots = _slots(program, argument, others)
+    slots = slots_of(program, argument, others)
     draws = torch.Generator(prompt.device).manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
-        return _choose(logits[:, -1], temperature, top_k, draws).to(prompt.dtype)
+        return choose_token(logits[:, -1], temperature, top_k, draws).to(prompt.dtype)
 
-    return _continued(program, slots, prompt, new_tokens, others, choose, stop)
+    return continue_prompts(program, slots, prompt, new_tokens, others, choose, stop)
 
 
-def _continued(
+def continue_prompts(
     program: Any,
-    slots: _Slots,
+    slots: Slots,
     prompt: Tensor,
     new_tokens: int,
     others: Mapping[str, Any],
@@ -90,7 +90,7 @@ def _continued(
     return torch.cat(tokens, 1)
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int | None, draws: torch.Generator) -> Tensor:
+def choose_token(logits: Tensor, temperature: float, top_k: int | None, draws: torch.Generator) -> Tensor:
     """One token a row: [batch, 1]."""
     if not temperature:
         return logits.argmax(-1, keepdim=True)
@@ -100,7 +100,7 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, draws: torch.
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=draws)
 
 
-def _scoring(program: Program) -> Program:
+def scoring(program: Program) -> Program:
     """The program of the first output that is computed token by token: the logits, not a loss."""
     if "_scoring" not in program.__dict__:
         program.__dict__["_scoring"] = _find_scoring(program)
@@ -122,7 +122,7 @@ def _find_scoring(program: Program) -> Program:
 
 
 @dataclass(frozen=True)
-class _Slots:
+class Slots:
     """The argument of the tokens, and masks with what continues them."""
 
     tokens: str
@@ -133,7 +133,7 @@ class _Slots:
         return {n: torch.full_like(token, on, dtype=dtype) for n, (dtype, on) in self.masks.items()}
 
 
-def _slots(program: Program, argument: str | None, others: Mapping[str, Any]) -> _Slots:
+def slots_of(program: Program, argument: str | None, others: Mapping[str, Any]) -> Slots:
     growing = list(plan_of(program).growing)
     leaves = {leaf.name: leaf.type for leaf in program.signature.inputs if leaf.type is not None}
     applied = [call for call, _ in calls(program.stacks[-1].ops)]
@@ -148,4 +148,4 @@ def _slots(program: Program, argument: str | None, others: Mapping[str, Any]) ->
             found=", ".join(growing),
             remedy="name the argument of the tokens (argument=...), or use program.start and program.step",
         )
-    return _Slots(tokens, {n: m for n, m in masks.items() if n in growing})
+    return Slots(tokens, {n: m for n, m in masks.items() if n in growing})

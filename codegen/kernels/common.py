@@ -74,6 +74,11 @@ def on(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def side_by_side(rows: Tensor) -> Tensor:
+    """Rows [..., features] whose features lie side by side, as kernels read them."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def warps(features: int) -> dict[str, int]:
     """The block of a program that holds a row of features, and its warps: at most 16 features a thread.
 

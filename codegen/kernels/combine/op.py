@@ -9,7 +9,7 @@ from torch import Tensor
 
 from depthc.codegen.kernels.combine.backward import constants, rows_backward_op, stream_backward_op
 from depthc.codegen.kernels.combine.reference import combine_reference
-from depthc.codegen.kernels.common import FLOATS, on, require_one_of, runs_on
+from depthc.codegen.kernels.common import FLOATS, on, require_one_of, runs_on, side_by_side
 from depthc.ir.errors import InputError
 from depthc.passes.routing_glue import COMBINES, GATES
 
@@ -132,7 +132,7 @@ def combine_op(
     from depthc.codegen.kernels.combine.kernel import forward_kernel
 
     (B, S, D), k = stream.shape, rows.shape[1]
-    stream = stream if stream.stride(2) == 1 else stream.contiguous()
+    stream = side_by_side(stream)
     out = stream.new_empty((B, S, D))
     with on(stream):
         forward_kernel[(B * S,)](

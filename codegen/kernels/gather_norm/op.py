@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthc.codegen.kernels.common import FLOATS, on, require_one_of, runs_on, warps
+from depthc.codegen.kernels.common import FLOATS, on, require_one_of, runs_on, side_by_side, warps
 from depthc.codegen.kernels.gather_norm.reference import KINDS, gather_norm_reference
 
 WIDEST = 8192  # features of a row, which a program holds in registers
@@ -80,7 +80,7 @@ def gather_norm_op(
     from depthc.codegen.kernels.gather_norm.kernel import forward_kernel
 
     made = _forward_shapes(stream, positions, weight, bias, eps, kind)
-    stream = stream if stream.stride(2) == 1 else stream.contiguous()
+    stream = side_by_side(stream)
     D = stream.shape[2]
     with on(stream):
         forward_kernel[(positions.numel(),)](

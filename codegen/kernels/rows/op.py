@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthc.codegen.kernels.common import FLOATS, on, runs_on, warps
+from depthc.codegen.kernels.common import FLOATS, on, runs_on, side_by_side, warps
 
 WIDEST = 8192  # features of a row, which a program holds in registers
 
@@ -99,7 +99,7 @@ def copy_op(source: Tensor, places: Tensor) -> Tensor:
     from depthc.codegen.kernels.rows.kernel import copy_kernel
 
     out, D = _copied_shape(source, places), source.shape[2]
-    source = source if source.stride(2) == 1 else source.contiguous()
+    source = side_by_side(source)
     if not out.numel():
         return out
     with on(source):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthc.codegen.kernels.common import FLOATS, on, runs_on
+from depthc.codegen.kernels.common import FLOATS, on, runs_on, side_by_side, warps
 from depthc.codegen.kernels.score.reference import score_reference
 
 WIDEST = 8192  # features of a token, which a program holds in registers
@@ -54,12 +54,8 @@ def score_rows(stream: Tensor, weight: Tensor) -> Tensor:
 
 def _tiles(D: int) -> dict[str, int]:
     """Tokens and features of a tile."""
-    block = max(16, 1 << (D - 1).bit_length())
+    block = warps(D)["BLOCK"]
     return {"D": D, "ROWS": max(1, min(16, _HELD // block)), "BLOCK": block, "num_warps": 4}
-
-
-def _side_by_side(stream: Tensor) -> Tensor:
-    return stream if stream.stride(2) == 1 else stream.contiguous()
 
 
 @torch.library.custom_op("depthc::score", mutates_args=())
@@ -69,7 +65,7 @@ def score_op(stream: Tensor, weight: Tensor) -> Tensor:
 
     from depthc.codegen.kernels.score.kernel import forward_kernel
 
-    (B, S, D), stream = stream.shape, _side_by_side(stream)
+    (B, S, D), stream = stream.shape, side_by_side(stream)
     logits, tiles = _logits_shape(stream, weight), _tiles(D)
     with on(stream):
         forward_kernel[(triton.cdiv(B * S, tiles["ROWS"]),)](
@@ -90,7 +86,7 @@ def weight_op(grad: Tensor, stream: Tensor) -> Tensor:
 
     from depthc.codegen.kernels.score.kernel import weight_kernel
 
-    (B, S, D), stream = stream.shape, _side_by_side(stream)
+    (B, S, D), stream = stream.shape, side_by_side(stream)
     tiles = _tiles(D)
     programs = min(PROGRAMS, triton.cdiv(B * S, tiles["ROWS"]))
     parts = stream.new_empty((programs, D), dtype=torch.float32)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthc.codegen.kernels.common import FLOATS, on, runs_on
+from depthc.codegen.kernels.common import FLOATS, on, runs_on, side_by_side
 from depthc.codegen.kernels.shared_attention.reference import reference
 from depthc.ir.errors import InputError
 
@@ -119,11 +119,6 @@ def _dense(*given: Tensor | None) -> list[Any]:
     return [x if x is None else x.contiguous() for x in given]
 
 
-def _side_by_side(*given: Tensor) -> list[Tensor]:
-    """Rows as the kernels read them; a trace may have seen other strides here, too."""
-    return [x if x.stride(3) == 1 else x.contiguous() for x in given]
-
-
 @torch.library.custom_op("depthc::shared_attention", mutates_args=())
 def _forward(
     q: Tensor,
@@ -139,7 +134,7 @@ def _forward(
     # Imported when first needed: `applies` answers where there is no triton.
     from depthc.codegen.kernels.shared_attention import launch
 
-    q, k, v = _side_by_side(q, k, v)
+    q, k, v = map(side_by_side, (q, k, v))
     positions, valid, keep = _dense(positions, valid, keep)
     with on(q):
         return launch.forward(launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap))
@@ -168,7 +163,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from depthc.codegen.kernels.shared_attention import launch
 
-    q, k, v = _side_by_side(q, k, v)
+    q, k, v = map(side_by_side, (q, k, v))
     positions, valid, keep = _dense(positions, valid, keep)
     given = launch.Inputs(q, k, v, positions, valid, keep, scale, window, softcap)
     with on(q):
