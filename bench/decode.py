@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import in_a_process, provenance, write
+from machine import in_a_process
+from routing import Results
 from routing_plan import Asked, Sizes
-from routing_race import BYTES, Race, reason
+from routing_race import BYTES, Race
 from routing_time import Clock, Place, Ready
 from torch import nn
 
@@ -38,6 +39,7 @@ FASTEST = ("separate, window 128",)
 WIDTHS = {960: Sizes(960, 15, 5, 2560), 2048: Sizes(2048, 16, 8, 5632)}
 GAIN = {960: 1.45, 2048: 1.3}  # at a batch of one
 VOCABULARY, LIMIT = 512, 280
+BACKEND = "inductor"
 
 
 @dataclass(frozen=True)
@@ -125,44 +127,42 @@ def measure(row: Row, place: Place) -> dict[str, Any]:
     }
 
 
-def main(given: Sequence[str] | None = None) -> int:
+def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/decode.json"), help="where results go")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=tuple(ROWS), metavar="ROW", help="rows, if not all")
     parser.add_argument("--limit", type=float, default=560, help="seconds for this call (default: 560)")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: a tiny model, few calls")
+    parser.add_argument("--retry", action="store_true", help="run what failed once more")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
+    options.backend = BACKEND
+    return options
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    options = parse_arguments(given)
     if options.row:
         row = ROWS[options.row]
         if options.tiny:
             row = replace(row, sizes=Sizes(32, 4, 2, 64), layers=4, context=24)
-        try:
-            found = measure(row, Place(options.device, "inductor"))
-        except Exception as error:  # what compilers and devices raise has no common base
-            found = {"failed": reason(error)}
-        print(json.dumps(found))
+        print(json.dumps(measure(row, Place(options.device, BACKEND))))
         return 0
-    report = provenance(options.device) | {"command": "python bench/decode.py", "tiny": options.tiny, "rows": {}}
-    if options.out.exists():
-        report["rows"] = json.loads(options.out.read_text())["rows"]
-    began = time.perf_counter()
+    results, began = Results(options), time.perf_counter()
+    again = results.failed() if options.retry else []
     for name in options.only:
         left = int(options.limit - (time.perf_counter() - began))
-        if name in report["rows"]:
+        if name in results.rows and name not in again:
             continue
         if left < LIMIT / 2:
             print(f"{name}: {left} s are left: run this again", flush=True)
             return 3
-        tiny = ["--tiny"] if options.tiny else []
-        found = in_a_process(
-            __file__, ["--row", name, "--device", options.device, *tiny], min(left, LIMIT), fresh=False
-        )
-        report["rows"][name] = found
-        write(report, options.out)
+        own = ["--row", name, "--device", options.device, *(["--tiny"] if options.tiny else [])]
+        found = in_a_process(__file__, own, min(left, LIMIT), fresh=False)
+        results.keep(name, found)
         print(f"{name}: {found.get('gain') or found.get('failed')}", flush=True)
-    return int(any("failed" in row or row["failures"] for row in report["rows"].values()))
+    return int(bool(results.failed()))
 
 
 if __name__ == "__main__":

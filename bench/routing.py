@@ -70,7 +70,7 @@ class Results:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.path, made_by = options.out, provenance(options.device)
-        made_by["command"] = "python bench/routing.py" + " --tiny" * options.tiny  # in as many calls as it took
+        made_by["command"] = f"python bench/{Path(sys.argv[0]).name}" + " --tiny" * options.tiny  # in several calls
         own = {"device": made_by["device"], "backend": options.backend, "tiny": options.tiny}
         held = json.loads(self.path.read_text()) if self.path.exists() else {**own, "rows": {}}
         for name, value in own.items():

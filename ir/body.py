@@ -7,7 +7,7 @@ the same body runs at any length.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -89,6 +89,25 @@ class Body:
         env = {"training": training, "device": torch.device(device)}
         feeds = {"value": iter(values), "param": iter(params), "const": iter(consts)}
         return [env[i.name] if i.kind == "env" else next(feeds[i.kind]) for i in self.inputs]
+
+
+def add_input(graph: fx.Graph, input: Input) -> fx.Node:
+    """The placeholder of one more input."""
+    node = graph.placeholder(input.name.replace(".", "_"))
+    node.meta["input"] = input
+    return node
+
+
+def behind(ends: Iterable[fx.Node], stops: Set[fx.Node] = frozenset()) -> set[fx.Node]:
+    """Everything that `ends` are computed from, and they; what `stops` are computed from is left out."""
+    found: set[fx.Node] = set()
+    stack = list(ends)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(() if node in stops else node.all_input_nodes)
+    return found
 
 
 def interpret(

@@ -1,11 +1,11 @@
-"""Analyses of a block are made once a body and kept with it: bodies do not change."""
+"""Analyses are made once a body, or once a program, and kept with it: neither changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
-from depthc.ir.program import Block
+from depthc.ir.program import Block, Program
 
 T = TypeVar("T")
 
@@ -17,3 +17,10 @@ def once(block: Block, name: str, make: Callable[[], T], *key: Hashable) -> T:
     if place not in kept:
         kept[place] = make()
     return kept[place]
+
+
+def once_a_program(program: Program, name: str, make: Callable[[], T]) -> T:
+    """What `make` returns, computed once for a program, which does not change either."""
+    if name not in program.__dict__:
+        program.__dict__[name] = make()
+    return program.__dict__[name]  # type: ignore[no-any-return]

@@ -84,7 +84,9 @@ class Init:
         if self.law == "eye":
             return torch.eye(*shape, dtype=self.type.dtype)
         if self.law == "last":
-            return torch.eye(*shape[-1:], dtype=self.type.dtype)[-1].expand(shape).clone()
+            found = torch.zeros(shape, dtype=self.type.dtype)
+            found[..., -1] = 1
+            return found
         std = float(self.law.removeprefix("normal(").removesuffix(")"))
         generator = torch.Generator().manual_seed(self.seed)
         return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(self.type.dtype)

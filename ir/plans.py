@@ -20,6 +20,7 @@ from depthc.ir.body import Body
 from depthc.ir.errors import IncrementalError, SubsetError
 from depthc.ir.liveness import reads_of, without_taps
 from depthc.ir.masks.masks import masks_of
+from depthc.ir.memo import once_a_program
 from depthc.ir.program import Block, Call, Loop, Merge, On, Op, Program, Segment, Select, Stack, calls
 from depthc.ir.selection import POINTWISE
 
@@ -52,9 +53,7 @@ def plan_of(program: Program) -> Plan:
     Raises:
         IncrementalError: it cannot be.
     """
-    if "_plan" not in program.__dict__:
-        program.__dict__["_plan"] = _make_plan(program)
-    return program.__dict__["_plan"]  # type: ignore[no-any-return]
+    return once_a_program(program, "_plan", lambda: _make_plan(program))
 
 
 def _make_plan(program: Program) -> Plan:

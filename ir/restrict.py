@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from depthc.ir import sizes
-from depthc.ir.body import Body
+from depthc.ir.body import Body, behind
 from depthc.ir.liveness import read_first, without_taps
 from depthc.ir.program import Program, Segment, Stack
 from depthc.ir.signature import Leaf, Signature
@@ -45,13 +45,7 @@ def _only(segment: Segment, live: set[str]) -> Segment:
     """A segment with the results that are live, and the inputs that those need."""
     kept = [i for i, name in enumerate(segment.writes) if name in live]
     body = segment.body
-    needed: set[fx.Node] = set()
-    stack = [body.results[i] for i in kept]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
+    needed = behind(body.results[i] for i in kept)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in (*body.placeholders, *body.nodes):

@@ -18,6 +18,7 @@ from depthc.ir.axes.ops import operands
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.liveness import reads_of, writes_of
 from depthc.ir.masks.masks import Mask, masks_of
+from depthc.ir.memo import once
 from depthc.ir.program import Block, Call, Loop, On, Op, Program, Stack
 
 
@@ -98,6 +99,10 @@ def inputs_now(block: Block, lagged: Sequence[int]) -> list[frozenset[int]]:
     Args:
         lagged: the ports whose keys are of earlier tokens.
     """
+    return once(block, "inputs now", lambda: _inputs_now(block, lagged), *lagged)
+
+
+def _inputs_now(block: Block, lagged: Sequence[int]) -> list[frozenset[int]]:
     ports = ports_of(block)
     edges = {edge for number in lagged for edge in ports[number].key_edges}
     found: list[frozenset[int]] = []

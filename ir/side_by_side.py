@@ -15,13 +15,13 @@ from torch import fx
 
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.caches import cached_of
-from depthc.ir.body import Body, InputKind
+from depthc.ir.body import Body, InputKind, behind
 from depthc.ir.errors import IncrementalError
 from depthc.ir.evaluate import as_data, indexed
 from depthc.ir.incremental import Past, advance, continued
 from depthc.ir.liveness import writes_of
 from depthc.ir.masks.masks import masks_of
-from depthc.ir.memo import once
+from depthc.ir.memo import once, once_a_program
 from depthc.ir.plans import plan_of
 from depthc.ir.program import Block, Call, Kv, Op, Program, Segment, Stack
 from depthc.ir.rows.execution import Cache
@@ -67,6 +67,10 @@ def independent(program: Program) -> tuple[Stack, tuple[Section, ...]]:
         IncrementalError: the layers need each other in a step, stand among other ops, or write over one another's
             values.
     """
+    return once_a_program(program, "_independent", lambda: _independent(program))
+
+
+def _independent(program: Program) -> tuple[Stack, tuple[Section, ...]]:
     stack = next(item for item in reversed(plan_of(program).body) if isinstance(item, Stack))
     sections = sections_of(program, stack)
     if len(sections) < 2:
@@ -93,10 +97,12 @@ def _require_flat(program: Program, stack: Stack) -> None:
                 f"the sections of {stack.name!r} cannot be taken apart",
                 where=getattr(op, "layer", "") or type(op).__name__.lower(),
                 expected="layers alone, which read what another section ends with",
-                found=f"a change of {', '.join(made & shown)}" if made else type(op).__name__.lower(),
+                found=f"a change of {', '.join(sorted(made & shown))}" if made else type(op).__name__.lower(),
                 remedy="use program.step",
             )
         shown |= {op.reads[i] for i in _late(program, op)}
+        for port in lagged_ports(program, op):
+            _shown(program.blocks[op.block], port)
 
 
 def _require_apart(program: Program, stack: Stack, sections: Sequence[Section]) -> None:
@@ -207,7 +213,10 @@ class Alone(Steps):
             old: Cache = caches[number] or ()
             pairs = zip(old, rows, cached_of(block)[number], strict=True)
             caches[number] = tuple(append_rows(a, b, cached.dim) for a, b, cached in pairs)
-        self.caches[site] = replace(now, caches=tuple(caches))
+        keys, here = now.keys, self._positions(None)
+        if keys.count < self.length:  # none of the layer's own ports has added the new tokens
+            keys = keys.followed_by(here, here.index(self.device).shape[0], self.device)
+        self.caches[site] = Kept(tuple(caches), keys)
         self._forget(op, block, site)
 
     def shown(self, op: Call, number: int, indices: Mapping[str, int]) -> Cache:
@@ -281,15 +290,18 @@ def _shown(block: Block, port: int) -> _Shown:
 def _make_shown(block: Block, port: int) -> _Shown:
     wanted = [cached.node for cached in cached_of(block)[port]]
     carries, moving = block.body.placeholders_of("value")[: block.carries], analyse(block).moving
-    needed: set[fx.Node] = set()
-    stack = list(wanted)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
+    needed = behind(wanted)
     read = {n for node in needed & moving for n in node.all_input_nodes}
-    (carry,) = (n for n in carries if n in read or n in wanted)
+    found = [n for n in carries if n in read or n in wanted]
+    if len(found) != 1:
+        raise IncrementalError(
+            f"the keys of attention {port} are made of {len(found)} states",
+            where=block.name,
+            expected="one state, that of another section",
+            found=", ".join(n.meta["input"].name for n in found) or "none",
+            remedy="use program.step",
+        )
+    (carry,) = found
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     copies[carry] = graph.node_copy(carry)
     for node in (*block.body.placeholders, *block.body.nodes):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from depthc.ir import sizes
-from depthc.ir.axes.caches import Cached, cached_of
+from depthc.ir.axes.caches import Cached, bounds, cached_of
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import IncrementalError
 from depthc.ir.evaluate import Evaluator, WeightParams, as_data, indexed, precision
@@ -53,6 +53,7 @@ class Steps:
         self.kinds: dict[str, Kind] = {leaf.name: plan.kinds[leaf.name] for leaf in program.signature.inputs}
         self.caches: dict[str, Kept] = {}
         self.stream: Tensor | None = None
+        self.sets: dict[int, tuple[TokenSet, TokenSet]] = {}  # token sets, and those of the new tokens among them
         self.device, self.fresh = device, length - past.length
         self.run_rows: Callable[..., Any] = run_rows
 
@@ -183,8 +184,8 @@ class Steps:
         if kept is None or kept.keys.valid is not None or not any(reach is not None for reach in reaches):
             return
         caches = tuple(
-            cache if cache is None or reach is None or port.cross else tuple(map(_last, cache, own, repeat(reach)))
-            for port, cache, own, reach in zip(ports_of(block), kept.caches, cached_of(block), reaches, strict=True)
+            tuple(map(_last, cache, own, repeat(reach))) if cache is not None and reach is not None else cache
+            for cache, own, reach in zip(kept.caches, cached_of(block), bounds(block, reaches), strict=True)
         )
         self.caches[site] = replace(kept, caches=caches)
 
@@ -259,7 +260,11 @@ class Steps:
         if self.kinds[name] == "rows" or not self.past.length:
             return value
         start = self.past.length
-        return value.among(start) if isinstance(value, TokenSet) else value.narrow(1, start, self.fresh)
+        if not isinstance(value, TokenSet):
+            return value.narrow(1, start, self.fresh)
+        if id(value) not in self.sets:  # layers share what is found out about a set
+            self.sets[id(value)] = value, value.among(start)
+        return self.sets[id(value)][1]
 
     def _stream(self, name: str, calls: Sequence[Call]) -> Tensor:
         """What a region gathers its rows from."""
@@ -278,9 +283,7 @@ class Steps:
 
 
 def _last(cache: Tensor, cached: Cached, count: int) -> Tensor:
-    """The last rows of what is cached, `count` at most; all where they cannot be cut."""
-    if not cached.alone:
-        return cache
+    """The last rows of what is cached, `count` at most."""
     size = cache.shape[cached.dim]
     return cache if size <= count else cache.narrow(cached.dim, size - count, count).clone()  # frees the others
 

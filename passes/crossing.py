@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from torch import fx
 
 from depthc.ir.axes.ops import Slot, argument, map_operands, op_name
 from depthc.ir.axes.ports import Port
-from depthc.ir.body import Body, Input
+from depthc.ir.body import Body, Input, add_input, behind
 from depthc.ir.names import Names
 from depthc.ir.program import Block
 from depthc.ir.types import Type
-from depthc.passes.crossing_source import NoCrossing, Source, behind
+from depthc.passes.crossing_source import NoCrossing, Source
 
 aten = torch.ops.aten
 
@@ -99,11 +100,7 @@ class _Writer:
         names = Names(i.name for i in self.body.inputs)
         prefix = Names(i.name.partition(".")[0] for i in self.body.inputs).new("cross")
 
-        def add(input: Input) -> fx.Node:
-            node = self.graph.placeholder(input.name.replace(".", "_"))
-            node.meta["input"] = input
-            return node
-
+        add = partial(add_input, self.graph)
         self.own[carry] = self.graph.node_copy(carry)
         given["memory"] = add(Input(names.new("memory"), "value", carry.meta["input"].type))
         for node in self.body.placeholders:

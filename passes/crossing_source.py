@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 
 from torch import fx
 
@@ -10,6 +10,7 @@ from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.cuts import Cut, cuts_of
 from depthc.ir.axes.ops import argument, is_tensor, op_name, operands
 from depthc.ir.axes.ports import PRODUCTS, Port, ports_of
+from depthc.ir.body import behind
 from depthc.ir.program import Block
 
 _LAYOUT = {"view", "transpose", "permute", "t", "unsqueeze", "squeeze", "clone", "contiguous", "dropout", "to"}
@@ -154,15 +155,3 @@ class Source:
         if others or self.axes.probe.shape(node) != shape:
             raise NoCrossing("what keys and values are projected from has not the shape of the stream", product)
         return node
-
-
-def behind(ends: Iterable[fx.Node], stops: Set[fx.Node] = frozenset()) -> set[fx.Node]:
-    """Everything that `ends` are computed from, and they; what `stops` are computed from is left out."""
-    found: set[fx.Node] = set()
-    stack = list(ends)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(() if node in stops else node.all_input_nodes)
-    return found

@@ -9,7 +9,7 @@ from torch import fx
 
 from depthc.ir.axes.ops import op_name
 from depthc.ir.axes.ports import PRODUCTS
-from depthc.ir.body import Body
+from depthc.ir.body import Body, behind
 from depthc.ir.program import Program, Segment, Stack
 from depthc.passes.base import Pass
 
@@ -67,7 +67,8 @@ class Ends:
             )
         slot = _weight_of(node)
         if slot is None:
-            made = [p for p, n in zip(segment.params, body.placeholders_of("param"), strict=True) if n in behind(node)]
+            cone, slots = behind([node]), body.placeholders_of("param")
+            made = [p for p, n in zip(segment.params, slots, strict=True) if n in cone]
             raise self.one.refuse(
                 "the head, or what it is tied to, is no weight that its product alone reads as it is",
                 where=str(node.meta.get("source", segment.name)),
@@ -109,7 +110,7 @@ class Ends:
         """The embeddings behind a value of a segment whose indices depend on an argument."""
         body, arguments = segment.body, {leaf.name for leaf in self.program.signature.inputs}
         given = [n for n, r in zip(body.placeholders_of("value"), segment.reads, strict=True) if r in arguments]
-        asked, needed = ahead(body, given), behind(body.results[segment.writes.index(first)])
+        asked, needed = ahead(body, given), behind([body.results[segment.writes.index(first)]])
         found = [n for n in body.nodes if n in needed and op_name(n) == "embedding" and n.args[1] in asked]
         slots = body.placeholders_of("param")
         return [_end(segment, n, n.args[0]) for n in found if n.args[0] in slots]  # type: ignore[arg-type]
@@ -138,14 +139,4 @@ def ahead(body: Body, nodes: Sequence[fx.Node], beside: fx.Node | None = None) -
     for node in body.nodes:
         if node is not beside and found & {*node.all_input_nodes}:
             found.add(node)
-    return found
-
-
-def behind(node: fx.Node) -> set[fx.Node]:
-    """What a node depends on, itself included."""
-    found, todo = {node}, [node]
-    while todo:
-        new = {*todo.pop().all_input_nodes} - found
-        found |= new
-        todo.extend(new)
     return found

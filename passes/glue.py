@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from depthc.ir.body import Body, Input
+from depthc.ir.body import Body, Input, add_input
 from depthc.ir.types import Type
 
 aten = torch.ops.aten
@@ -28,20 +28,15 @@ class Glue:
 
     def value(self, name: str, type: Type) -> fx.Node:
         """A value input."""
-        return self._input(Input(name, "value", type))
+        return add_input(self.graph, Input(name, "value", type))
 
     def param(self, name: str, type: Type) -> fx.Node:
         """A parameter slot."""
-        return self._input(Input(name, "param", type))
+        return add_input(self.graph, Input(name, "param", type))
 
     def env(self, name: str) -> fx.Node:
         """An input of the environment: `training` or `device`."""
-        return self._input(Input(name, "env"))
-
-    def _input(self, input: Input) -> fx.Node:
-        node = self.graph.placeholder(input.name.replace(".", "_"))
-        node.meta["input"] = input
-        return node
+        return add_input(self.graph, Input(name, "env"))
 
     def op(self, target: Any, *args: Any) -> fx.Node:
         """One op."""

@@ -87,12 +87,10 @@ def streams_of(one: Pass, program: Program, ops: Sequence[Op], layers: Sequence[
     Raises:
         RecipeError: more flows between the layers, or there are other ops; `remedy` says what to do.
     """
-    inner = ops[ops.index(layers[0]) : ops.index(layers[-1]) + 1]
-    between = next((op for op in inner if isinstance(op, Segment)), None)
-    if between is not None:
+    if between := segments_between(ops):
         again = f"put {one.title} earlier in the recipe, and once"
-        what = f"there are other ops between the layers: {between.name}"
-        raise one.refuse(what, expected="layers alone", found=between.name, remedy=again)
+        what = f"there are other ops between the layers: {between[0].name}"
+        raise one.refuse(what, expected="layers alone", found=between[0].name, remedy=again)
     runs: list[list[Call]] = []
     for call in layers:
         before = runs[-1][-1] if runs else None
@@ -108,6 +106,12 @@ def streams_of(one: Pass, program: Program, ops: Sequence[Op], layers: Sequence[
             )
         runs = [*runs[:-1], [*runs[-1], call]] if goes_on else [*runs, [call]]
     return runs
+
+
+def segments_between(ops: Sequence[Op]) -> list[Segment]:
+    """The segments between the first and the last layer."""
+    places = [i for i, op in enumerate(ops) if isinstance(op, Call)]
+    return [op for op in ops[places[0] : places[-1]] if isinstance(op, Segment)] if places else []
 
 
 def _passes_one_stream(program: Program, call: Call) -> bool:

@@ -10,7 +10,7 @@ from depthc.ir.program import Call, Program
 from depthc.passes.base import Pass, text_of
 from depthc.passes.layers import layers_of, names_in, stack_of, with_stack
 from depthc.passes.routed_layer import RoutedLayer
-from depthc.passes.subsets import candidates_of, group_of, is_share, require_subsets, stream_of
+from depthc.passes.subsets import candidates_of, group_of, is_share, numbers_of, require_subsets, stream_of
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,5 @@ class Mod(Pass):
     def _numbers(self, count: int) -> list[int]:
         """The layers that are routed."""
         given = range(self.first, count, self.period) if self.layers is None else self.layers
-        known = range(count)
-        if not isinstance(given, range | tuple) or not given or not all(type(n) is int and n in known for n in given):
-            raise self.refuse(
-                f"the stack of {count} layers has no such layers",
-                expected=f"numbers below {count}, at least one",
-                found=f"first={self.first}" if self.layers is None else f"layers={self.layers}",
-                remedy=f"give for example layers=({count - 1},)",
-            )
-        return sorted(set(given))
+        found = f"first={self.first}" if self.layers is None else f"layers={self.layers}"
+        return numbers_of(self, count, given, f"numbers below {count}, at least one", found)

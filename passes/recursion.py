@@ -10,6 +10,7 @@ from depthc.ir.axes.ports import ports_of
 from depthc.ir.program import Call, Kv, Loop, On, Op, Program, Segment, Stack
 from depthc.ir.types import Type
 from depthc.passes.base import Pass
+from depthc.passes.layers import segments_between
 from depthc.passes.subsets import require_subset, stream_of
 
 KEYS = ("recursion", "share_first", "update")
@@ -116,7 +117,7 @@ def _section(one: Pass, layers: Sequence[Call]) -> str:
 def _require_plain(one: Pass, stack: Stack) -> None:
     """Refuse layers among which a pass has put ops of its own: every application is then one of its own."""
     chosen = next((op for op in stack.ops if isinstance(op, On)), None)
-    glue = next((op for op in _between(stack.ops) if any(p.startswith("depth.") for p in op.params)), None)
+    glue = next((op for op in segments_between(stack.ops) if any(p.startswith("depth.") for p in op.params)), None)
     found = "layers that run on some of their tokens" if chosen else glue and f"{glue.name} between the layers"
     if found:
         raise one.refuse(
@@ -125,12 +126,6 @@ def _require_plain(one: Pass, stack: Stack) -> None:
             found=found,
             remedy=f"leave out {one.title}: tokens are chosen already" if chosen else "use mod(), which needs no loop",
         )
-
-
-def _between(ops: Sequence[Op]) -> list[Segment]:
-    """The segments between the first and the last layer."""
-    places = [i for i, op in enumerate(ops) if isinstance(op, Call)]
-    return [op for op in ops[places[0] : places[-1]] if isinstance(op, Segment)] if places else []
 
 
 def _calls(one: Pass, program: Program, loop: Loop, kv: str) -> list[Call]:

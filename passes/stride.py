@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from depthc.ir.masks.documents import documents_of
 from depthc.ir.masks.masks import masks_of
@@ -16,7 +16,7 @@ from depthc.passes.base import Pass, text_of
 from depthc.passes.glue import wide
 from depthc.passes.layers import layers_of, names_in, stack_of, with_stack
 from depthc.passes.stride_glue import correct, is_anchor, predict
-from depthc.passes.subsets import candidates_of, group_of, region_of, require_subsets, stream_of
+from depthc.passes.subsets import candidates_of, group_of, numbers_of, region_of, require_subsets, stream_of
 
 SCALARS = {"a1": "ones", "a2": "zeros", "b": "ones"}
 
@@ -83,15 +83,9 @@ class Stride(Pass):
 
     def _numbers(self, count: int) -> list[int]:
         """The layers that run on anchors."""
-        given: Any = tuple(range(1, count - 1)) if self.layers is None else self.layers
-        if type(given) is not tuple or not given or not all(type(n) is int and n in range(count) for n in given):
-            raise self.refuse(
-                f"the stack of {count} layers has no such layers",
-                expected=f"numbers below {count}, at least one; by default all but the first and the last",
-                found=f"layers={text_of(self.layers)}",
-                remedy=f"give for example layers=({count - 1},)",
-            )
-        return sorted(set(given))
+        given = tuple(range(1, count - 1)) if self.layers is None else self.layers
+        expected = f"numbers below {count}, at least one; by default all but the first and the last"
+        return numbers_of(self, count, given, expected, f"layers={text_of(self.layers)}")
 
 
 class _Layer:

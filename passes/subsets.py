@@ -51,6 +51,23 @@ def require_subsets(one: Pass, program: Program, layers: Sequence[Call], numbers
         require_subset(one, program, layers[number], f"layer {number} cannot be chosen: ", remedy)
 
 
+def numbers_of(one: Pass, count: int, given: Any, expected: str, found: str) -> list[int]:
+    """The numbers of layers that an option names, in order.
+
+    Raises:
+        RecipeError: they are none of `count` layers; says what was expected and found.
+    """
+    known = range(count)
+    if not isinstance(given, range | tuple) or not given or not all(type(n) is int and n in known for n in given):
+        raise one.refuse(
+            f"the stack of {count} layers has no such layers",
+            expected=expected,
+            found=found,
+            remedy=f"give for example layers=({count - 1},)",
+        )
+    return sorted(set(given))
+
+
 def legal_layers(program: Program, layers: Sequence[Call]) -> list[int]:
     """The layers that can run on a subset of their tokens, by number."""
     return [n for n, layer in enumerate(layers) if _refusal(program.blocks[layer.block], layer) is None]

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from depthc.ir.body import Body, Input
+from depthc.ir.body import Body, Input, add_input
 from depthc.ir.cost.layers import owner_of
 from depthc.ir.liveness import read_first, writes_of
 from depthc.ir.params import Param, Ref, Tile
@@ -95,7 +95,7 @@ def _with_wide_head(end: End, last: str, states: tuple[str, ...], name: str, typ
     state = segment.body.placeholders_of("value")[segment.reads.index(last)]
     for node in segment.body.placeholders:
         if node is state:
-            copy.many[node] = [copy.placeholder(Input(x, "value", node.meta["input"].type)) for x in states]
+            copy.many[node] = [add_input(copy.graph, Input(x, "value", node.meta["input"].type)) for x in states]
         else:
             copy.input(name, type) if node is end.slot else copy.add(node)
     x: fx.Node = end.node.args[0]  # type: ignore[assignment]
@@ -116,14 +116,9 @@ class _Copy:
         self.one: dict[fx.Node, fx.Node] = {}
         self.many: dict[fx.Node, list[fx.Node]] = {}
 
-    def placeholder(self, input: Input) -> fx.Node:
-        node = self.graph.placeholder(input.name.replace(".", "_"))
-        node.meta["input"] = input
-        return node
-
     def input(self, name: str, type: Type) -> None:
         """A wide weight in the place of the end's own."""
-        self.one[self.end.slot] = self.placeholder(Input(name, "param", type))
+        self.one[self.end.slot] = add_input(self.graph, Input(name, "param", type))
 
     def op(self, target: object, *args: object) -> fx.Node:
         return self.graph.call_function(target, args)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from torch import Tensor
 from depthc.codegen.module import DepthModule
 from depthc.ir.errors import IncrementalError, InputError
 from depthc.ir.masks.padding import padding_of
+from depthc.ir.memo import once_a_program
 from depthc.ir.plans import plan_of
 from depthc.ir.program import Program, calls
 from depthc.ir.restrict import restricted
@@ -102,9 +103,7 @@ def choose_token(logits: Tensor, temperature: float, top_k: int | None, draws: t
 
 def scoring(program: Program) -> Program:
     """The program of the first output that is computed token by token: the logits, not a loss."""
-    if "_scoring" not in program.__dict__:
-        program.__dict__["_scoring"] = _find_scoring(program)
-    return program.__dict__["_scoring"]  # type: ignore[no-any-return]
+    return once_a_program(program, "_scoring", lambda: _find_scoring(program))
 
 
 def _find_scoring(program: Program) -> Program:

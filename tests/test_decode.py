@@ -126,6 +126,35 @@ class Counted(nn.Module):
         return self.inner(inputs_embeds=embeds * input_ids.shape[1], use_cache=False).logits
 
 
+class Lengthy(nn.Module):
+    """Layers that read a table which changes where the sequence is longer than eight tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(13, 8), nn.Linear(8, 13)
+        self.layers = nn.ModuleList(nn.Linear(8, 24) for _ in range(3))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        length = input_ids.shape[1]
+        scale = 1.0 + (torch.full((), length) > 8)
+        table, h = (torch.arange(length)[:, None] * scale * torch.arange(8)).cos(), self.embed(input_ids)
+        for layer in self.layers:
+            q, k, v = layer(h * table)[:, None].chunk(3, -1)
+            h = h + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+        return self.out(h)
+
+
+def test_tables_that_depend_on_the_length() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(13, (2, 7))
+    program = depthc.capture(Lengthy(), (tokens,))
+    decoder = depthc.Decoder(program, tokens[:, :4], 8)
+    expected = whole(program, input_ids=tokens)
+    torch.testing.assert_close(decoder.step(tokens[:, 4:5]), expected[:, 4])
+    with pytest.raises(IncrementalError, match="depend on the length"):
+        depthc.Decoder(program, tokens[:, :4], 9)
+
+
 @pytest.mark.slow
 def test_what_cannot_be_decoded_so() -> None:
     model = ZOO["llama"].build().eval()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from compositions import with_noise
 from oracles import Wide
 from torch import Tensor, distributed
 
@@ -58,12 +59,7 @@ def staggered(**options: Any) -> Program:
 @cache
 def compiled(name: str) -> DepthModule:
     """A staggered model, and some noise on its new parameters: `o` is zero, and one stack alone counts."""
-    module = lower(staggered(**MODELS[name])).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.new_parameters().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3)
-    return module
+    return with_noise(lower(staggered(**MODELS[name])).eval())
 
 
 def bytes_of(module: DepthModule, *prefixes: str) -> int:

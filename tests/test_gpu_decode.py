@@ -14,9 +14,13 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("recipe", ["identity", "tie(loops=2)", "stagger(window=3)", "stagger(stacks=3)"])
-@pytest.mark.parametrize("compile", [False, True])
-def test_steps_in_a_graph(recipe: str, compile: bool) -> None:
+SECTIONS = {"identity": (), "tie(loops=2)": (), "stagger(window=1)": (3, 3), "stagger(stacks=3)": (2, 2, 2)}
+
+
+@pytest.mark.parametrize("recipe", SECTIONS)
+@pytest.mark.parametrize(("compile", "graph"), [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("prompt", [2, 5])
+def test_steps(recipe: str, compile: bool, graph: bool, prompt: int) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
@@ -27,7 +31,9 @@ def test_steps_in_a_graph(recipe: str, compile: bool) -> None:
         for param in module.parameters():
             param.add_(0.05 * torch.randn_like(param))
         expected = module(input_ids=tokens).logits
-    decoder = depthc.Decoder(module, tokens[:, :5], 24, compile=compile)
-    for at in range(5, 24):
+    decoder = depthc.Decoder(module, tokens[:, :prompt], 24, compile=compile, graph=graph)
+    assert (decoder._graph is not None) == graph
+    assert decoder.sections == SECTIONS[recipe]
+    for at in range(prompt, 24):
         found = decoder.step(tokens[:, at : at + 1])
         assert (found - expected[:, at]).norm() <= 1e-4 * expected[:, at].norm()

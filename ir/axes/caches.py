@@ -7,7 +7,7 @@ attention it is the latent. The ops behind the cut are run again for all keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -46,6 +46,12 @@ def cached_of(block: Block) -> tuple[tuple[Cached, ...], ...]:
     """What each port of a block caches; computed once a block body."""
     axes, ports = analyse(block), ports_of(block)
     return once(block, "cached", lambda: tuple(_cached(axes, port, ports) for port in ports))
+
+
+def bounds(block: Block, reaches: Sequence[int | None]) -> list[int | None]:
+    """How many rows every port keeps at most: its reach, if rows can be cut from all that it caches; None: all."""
+    ports = zip(ports_of(block), cached_of(block), reaches, strict=True)
+    return [None if port.cross or not all(c.alone for c in own) else reach for port, own, reach in ports]
 
 
 def _cached(axes: Axes, port: Port, ports: Iterable[Port]) -> tuple[Cached, ...]:

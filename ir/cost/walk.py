@@ -11,7 +11,7 @@ import sympy
 
 from depthc.ir import sizes
 from depthc.ir.axes.analysis import analyse
-from depthc.ir.axes.caches import cached_of
+from depthc.ir.axes.caches import bounds, cached_of
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.body import Body
 from depthc.ir.cost.applications import Application
@@ -250,11 +250,10 @@ class Walk:
         total = sympy.S.Zero
         whole = self.region is None and not plans and isinstance(op, Call)
         reaches = [mask.reach for mask in masks_of(self.program)[op]] if whole else [None] * len(ports)  # type: ignore
-        for port, own, reach in zip(ports, cached_of(block), reaches, strict=True):
+        for port, own, most in zip(ports, cached_of(block), bounds(block, reaches), strict=True):
             rows = length if port.cross or self.region is None or overlays else self.region.rows
+            rows = rows if most is None else sympy.Min(length, most)
             for cached in own:
-                if reach is not None and cached.alone and not port.cross:
-                    rows = sympy.Min(length, reach)
                 size = axes.probe.values[cached.node].dtype.itemsize
                 total += size * sympy.Mul(*shapes[cached.node]).subs(bound, simultaneous=True) * rows / length
         name = slot if slot and slot not in self.kept else f"{len(self.kept)}"

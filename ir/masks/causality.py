@@ -18,6 +18,7 @@ from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.ops import argument, op_name
 from depthc.ir.axes.ports import Port
 from depthc.ir.masks.cones import Choice, Evaluation, Site, Unknown, inside, sites_of
+from depthc.ir.memo import once_a_program
 from depthc.ir.program import Block, Loop, Program
 from depthc.ir.text.functions import walk
 
@@ -32,13 +33,12 @@ class Causality:
     @classmethod
     def of(cls, program: Program) -> Causality:
         """What can be shown of a program's masks."""
-        if "_causality" not in program.__dict__:
-            program.__dict__["_causality"] = cls(program)
-        return program.__dict__["_causality"]  # type: ignore[no-any-return]
+        return once_a_program(program, "_causality", lambda: cls(program))
 
     def __init__(self, program: Program) -> None:
         self.program, self.sites, self.choice = program, sites_of(program), Choice(program)
         self._shown: dict[tuple[object, ...], bool] = {}
+        self._alone: dict[tuple[str, fx.Node], bool] = {}
         loops = (op for op, _ in walk(program.stacks) if isinstance(op, Loop))
         self.complete = all(isinstance(op.count, int) for op in loops)  # else there are iterations that are no sites
 
@@ -49,10 +49,13 @@ class Causality:
         """
         if port.kind != "fused" or port.cross or not self.complete:
             return False
-        (node,) = port.entries
-        mask = argument(node, 3, "attn_mask")
-        uses = [site for site in self.sites if site.block is block]
-        return isinstance(mask, fx.Node) and bool(uses) and all(self._holds(site, mask) for site in uses)
+        mask = argument(port.entries[0], 3, "attn_mask")
+        if not isinstance(mask, fx.Node):
+            return False
+        if (key := (block.name, mask)) not in self._alone:
+            uses = [site for site in self.sites if site.block is block]
+            self._alone[key] = bool(uses) and all(self._holds(site, mask) for site in uses)
+        return self._alone[key]
 
     def _holds(self, site: Site, mask: fx.Node) -> bool:
         """The same in one application; looked at once for all that compute it from the same values."""

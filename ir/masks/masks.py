@@ -20,6 +20,7 @@ from depthc.ir.axes.ports import ports_of
 from depthc.ir.masks.attend import Attention
 from depthc.ir.masks.cones import Choice, Evaluation, Unknown, sites_of
 from depthc.ir.masks.factors import Factor, agrees, explain, fit, product
+from depthc.ir.memo import once_a_program
 from depthc.ir.program import Call, Program
 from depthc.ir.types import Type
 
@@ -76,9 +77,7 @@ def masks_of(program: Program) -> Mapping[Call, tuple[Mask, ...]]:
         >>> [str(mask) for mask in masks_of(program)[call]]  # doctest: +SKIP
         ['causal & window(8)']
     """
-    if "_masks" not in program.__dict__:
-        program.__dict__["_masks"] = _masks(program)
-    return program.__dict__["_masks"]
+    return once_a_program(program, "_masks", lambda: _masks(program))
 
 
 def _masks(program: Program) -> dict[Call, tuple[Mask, ...]]:

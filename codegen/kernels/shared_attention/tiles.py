@@ -1,4 +1,7 @@
-"""Tile sizes of the kernels, as data: in half precision the fastest that `bench/tiles.py` found on an H200."""
+"""Tile sizes of the kernels, as data.
+
+In half precision and for heads of up to 128 features, the fastest of those that `bench/tiles.py` tries on an H200.
+"""
 
 from __future__ import annotations
 
