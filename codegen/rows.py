@@ -71,7 +71,8 @@ class RowsLowering:
         causal: Sequence[bool],
         training: bool,
         device: torch.device,
-        **rows: Tensor | None,
+        inplace: bool = False,
+        **rows: Tensor | Sequence[Tensor | None] | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
         """See `depthc.ir.rows.run.run_rows`."""
         ruler = None if length is None else carries[0].new_empty((length, 0))  # a size that is passed as a tensor
@@ -83,6 +84,7 @@ class RowsLowering:
             block,
             tuple(consts),
             tuple([plan.mode for plan in kv]),
+            inplace,
             ordered,
             tuple(causal),
             training,
@@ -102,8 +104,9 @@ class RowsLowering:
 
 def _structure(tensors: Arguments) -> tuple[Any, ...]:
     """How many tensors of each kind there are: what tells calls with the same leaves apart."""
+    each = tuple([isinstance(tensors[name], Sequence) for name in _ROW_SIZES])
     caches = tuple([None if cache is None else len(cache) for cache in tensors["caches"]])
-    return len(tensors["carries"]), len(tensors["sides"]), len(tensors["params"]), caches
+    return len(tensors["carries"]), len(tensors["sides"]), len(tensors["params"]), caches, each
 
 
 def _kind(leaf: Any) -> Any:
@@ -118,6 +121,7 @@ class Way:
     block: Block
     consts: tuple[float, ...]
     modes: tuple[str, ...]
+    inplace: bool
     ordered: bool
     causal: tuple[bool, ...]
     training: bool
@@ -127,7 +131,8 @@ class Way:
 
     @property
     def options(self) -> tuple[Any, ...]:
-        return self.consts, self.modes, self.ordered, self.causal, self.training, str(self.device), self.cast
+        modes = self.modes, self.inplace, self.ordered, self.causal, self.training
+        return self.consts, *modes, str(self.device), self.cast
 
     def autocast(self) -> torch.autocast:
         """The autocast that the graph will run under: ops are recorded before its casts, but see their dtypes."""
@@ -146,6 +151,7 @@ class Way:
             consts=self.consts,
             kv=self.plans,
             length=None if ruler is None else ruler.shape[0],
+            inplace=self.inplace,
             ordered=self.ordered,
             causal=self.causal,
             attend=self.attend,
@@ -221,12 +227,17 @@ def _hints(names: Sequence[str], wanted: Set[Size]) -> dict[str, int]:
     return next((way for way in ways if all(sizes.evaluate(size, way) > 1 for size in wanted)), ways[0])
 
 
+def _keys_of(port: int) -> int:
+    return _KEYS + 1009 * port  # another prime
+
+
 def _apart(block: Block) -> dict[int, int]:
     """The sizes of rows to trace at; others where the block has fixed sizes like that, such as a number of patches."""
     types = [i.type for kind in ("value", "param") for i in block.body.inputs_of(kind)]
     fixed = {size for type in types if isinstance(type, Type) for size in type.shape if isinstance(size, int)}
+    wanted = (_ROWS, _MEMBERS, *map(_keys_of, range(len(ports_of(block)))), _KEYS)
     steps = range(0, 97 * (len(fixed) + 1), 97)  # a prime: sizes that differ stay apart
-    return {size: next(size + n for n in steps if size + n not in fixed) for size in (_ROWS, _KEYS, _MEMBERS)}
+    return {size: next(size + n for n in steps if size + n not in fixed) for size in wanted}
 
 
 class _Examples:
@@ -285,7 +296,9 @@ class _Examples:
         shape = [wanted[d] if d in dims else size for d, size in enumerate(tensor.shape)]
         return Example(torch.zeros(shape, dtype=tensor.dtype, device=tensor.device), dims)
 
-    def _rows(self, tensor: Tensor | None, count: int) -> Example | None:
+    def _rows(self, tensor: Any, count: int) -> Any:
+        if isinstance(tensor, Sequence):  # one a port
+            return tuple(self._rows(own, _keys_of(port)) for port, own in enumerate(tensor))
         return None if tensor is None else self._made(tensor, {0: _BATCH, 1: self.apart[count]})
 
     def _cache(self, port: int, cache: Cache | None) -> tuple[Example, ...] | None:
@@ -301,7 +314,7 @@ class _Examples:
         keys = (
             self.hints.get(names.get(axis.size, ""), axis.size)
             if axis.kind != "key"
-            else self.apart[_KEYS]
+            else self.apart[_keys_of(port) if isinstance(own, Sequence) else _KEYS]
             if own is not None
             else self._length
         )

@@ -30,6 +30,7 @@ class Past:
         caches: what the attention ports of every application keep, by call site and loop indices, or by the name of
             a key/value slot.
         stream: the first layer's input so far; later tokens must not change it.
+        recurrent: whether the last stack alone has run since the prompt (see `depthc.ir.recurrent`).
     """
 
     length: int
@@ -37,6 +38,7 @@ class Past:
     fixed: Mapping[str, Any]
     caches: Mapping[str, Kept]
     stream: Tensor | None = None
+    recurrent: bool = False
 
     @property
     def cache_bytes(self) -> int:
@@ -71,8 +73,21 @@ def step(program: Program, past: Past, args: Sequence[Any], kwargs: Mapping[str,
     return advance(program, continued(program, past, args, kwargs))
 
 
-def continued(program: Program, past: Past, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Past:
-    """A past with the arguments of further tokens, which are still to be evaluated; see `step`."""
+def continued(
+    program: Program, past: Past, args: Sequence[Any], kwargs: Mapping[str, Any], recurrent: bool = False
+) -> Past:
+    """A past with the arguments of further tokens, which are still to be evaluated; see `step`.
+
+    Args:
+        recurrent: whether the last stack alone will evaluate them.
+    """
+    if past.recurrent and not recurrent:
+        raise IncrementalError(
+            "the last stack alone has run since the prompt",
+            expected="a past of all stacks",
+            found="one of a recurrent step, which lacks what the others make",
+            remedy="go on with recurrent steps, or start again",
+        )
     plan = plan_of(program)
     given = bind(program.signature.parameters, args, kwargs)
     arguments = dict(past.arguments)

@@ -7,7 +7,7 @@ in the caches. A section runs with those alone; what the new tokens show to othe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -180,10 +180,13 @@ class Alone(Steps):
         self._require_lag(op, lagged)
         self.late[site] = lagged
         late, values = _late(self.program, op), block.body.placeholders_of("value")
-        reads = [op.reads[0] if i in late else name for i, name in enumerate(op.reads)]
-        given = [any(result is values[i] for i in late) for result in block.body.results]
-        writes = [f"{site} {name}" if passed else name for name, passed in zip(op.writes, given, strict=True)]
-        self.op(replace(op, reads=tuple(reads), writes=tuple(writes)), site, indices)
+        passed = [any(result is values[i] for i in late) for result in block.body.results]
+        made = [name for name, as_given in zip(op.writes, passed, strict=True) if not as_given]
+        outer = self.values, self.kinds
+        self.values, self.kinds = ({**of, **{op.reads[i]: of[op.reads[0]] for i in late}} for of in outer)
+        self.op(op, site, indices)
+        inner = self.values, self.kinds
+        self.values, self.kinds = ({**of, **{n: new[n] for n in made}} for of, new in zip(outer, inner, strict=True))
 
     def _require_lag(self, op: Call, lagged: Sequence[int]) -> None:
         lag = min(lag_of(masks_of(self.program)[op][port]) for port in lagged)

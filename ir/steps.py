@@ -133,8 +133,7 @@ class Steps:
             op.consts if isinstance(op, Call) else (),
             positions=here.positions,
             valid=here.valid,
-            key_positions=kept.keys.positions,
-            key_valid=kept.keys.valid,
+            **self._kept_rows(block, kept),
             kv=plans,
             caches=kept.caches,
             ordered=True,
@@ -148,6 +147,10 @@ class Steps:
         if ports_of(block):
             self._store(op, block, plans, Kept(caches, keys), site, indices)
         return results
+
+    def _kept_rows(self, block: Block, kept: Kept) -> dict[str, Any]:
+        """What `run_rows` is told of the rows of caches."""
+        return {"key_positions": kept.keys.positions, "key_valid": kept.keys.valid}
 
     # Caches: by the slot of a key/value plan, or by the place of the application.
 

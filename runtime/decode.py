@@ -7,8 +7,9 @@ not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,26 +18,20 @@ from torch import Tensor
 from depthc.codegen.causal import flagged
 from depthc.codegen.module import DepthModule
 from depthc.codegen.rows import RowsLowering
-from depthc.ir.axes.caches import Cached, cached_of
-from depthc.ir.axes.ports import ports_of
 from depthc.ir.errors import IncrementalError, InputError
 from depthc.ir.evaluate import WeightParams
 from depthc.ir.incremental import Past
-from depthc.ir.plans import plan_of, token_dim
-from depthc.ir.program import Block, Call, Kv, Merge, On, Program, Segment, Select, Stack
-from depthc.ir.rows.execution import Cache
-from depthc.ir.rows.gather import Rows
+from depthc.ir.plans import plan_of
+from depthc.ir.program import Call, Merge, On, Program, Select, Stack
+from depthc.ir.recurrent import last_stack
 from depthc.ir.sections import Section
-from depthc.ir.side_by_side import Sections, independent
+from depthc.ir.side_by_side import independent
 from depthc.ir.signature import bind, unbind
-from depthc.ir.steps import Kept, Steps
 from depthc.ir.text.functions import walk
-from depthc.ir.tokens import TokenSet
+from depthc.runtime.fixed import Caches, Fixed, FixedLastStack, FixedSections, Ring, ring_sizes
 from depthc.runtime.generate import Slots, scoring, slots_of
 
 _FAR = 0.05  # relative errors of bf16 are far below
-
-Caches = dict[str, list[Cache | None]]
 
 
 class Decoder:
@@ -49,6 +44,7 @@ class Decoder:
         argument, arguments: see `generate`.
         compile: compile the blocks with torch.compile, each once.
         graph: hold a step in a CUDA graph; on CUDA by default.
+        recurrent: see `generate`.
 
     Attributes:
         logits: [batch, vocabulary], those behind the last token so far. A step writes over them where a graph is held.
@@ -76,6 +72,7 @@ class Decoder:
         arguments: Mapping[str, Any] | None = None,
         compile: bool = False,
         graph: bool | None = None,
+        recurrent: bool = False,
     ) -> None:
         self.program = flagged(scoring(model.program if isinstance(model, DepthModule) else model))
         self.plan, self.length, self.place = plan_of(self.program), length, prompt.shape[1]
@@ -102,14 +99,19 @@ class Decoder:
         arguments = bind(self.program.signature.parameters, (), {**others, **masks, slots.tokens: self._tokens})
         self._tensors = self.program.signature.flatten(*unbind(self.program.signature.parameters, arguments))
         self._caches, self._param = Caches(), WeightParams(self.program)
+        self._ring_sizes = self._sizes_of_rings()
         self._at = torch.full((1, 1), self.place - 1, device=prompt.device)
         self._run_rows = RowsLowering(torch.compile if compile else lambda function: function)
         self._graph: torch.cuda.CUDAGraph | None = None
+        last = last_stack(self.program) if recurrent else None
         self._sections = _side_by_side(self.program)
         self.sections = tuple(section.depth for section in self._sections[1]) if self._sections else ()
+        self._new_steps: Callable[..., Fixed] = partial(FixedSections, *self._sections) if self._sections else Fixed
         self._streams = [torch.cuda.Stream() for _ in (0, *self.sections)] if prompt.is_cuda else []
         if self._past.length < self.place:
             self._require_agreement()
+        if last is not None:
+            self._leave_out(*last)
         if graph and self.place < length:
             self._hold()
 
@@ -168,13 +170,20 @@ class Decoder:
     def _advance(self) -> Tensor:
         """The step at `_at`; caches are written over."""
         given = self.program, self.plan, self._past, self._tensors, self.length
-        steps = FixedSections(*self._sections, *given) if self._sections else Fixed(*given)
+        steps = self._new_steps(*given)
         steps.static, steps.place, steps.fresh = self._caches, self._at, 1
-        steps.run_rows, steps.evaluator.param, steps.streams = self._run_rows, self._param, self._streams[1:]
+        steps.rings = {rows: Ring.at(self._at, rows) for rows in self._ring_sizes}
+        steps.run_rows, steps.evaluator.param = self._run_rows, self._param
+        if isinstance(steps, FixedSections):
+            steps.streams = self._streams[1:]
         for item in self.plan.body:
             steps.ops(item.ops if isinstance(item, Stack) else (item,), item.name, {})
         self._past = replace(self._past, caches={}, stream=None)  # they have been taken over
         return self.program.signature.unflatten(steps.values)[:, -1]  # type: ignore[no-any-return]
+
+    def _sizes_of_rings(self) -> set[int]:
+        every = [(op, self.program.blocks[op.block]) for op, _ in walk(self.program.stacks) if isinstance(op, Call)]
+        return {self.length, *(n for op, block in every for n in ring_sizes(self.plan, op, block, self.length))}
 
     def _require_agreement(self) -> None:
         """What a step makes of the prompt's last token is what the prompt did.
@@ -191,6 +200,14 @@ class Decoder:
                 remedy="use generate, or program.step",
             )
 
+    def _leave_out(self, stack: Stack, section: Section) -> None:
+        """From now on, run one section alone; what others keep is not needed."""
+        self._new_steps, self.sections = partial(FixedLastStack, stack, section), (section.depth,)
+        places = [n for n, op in enumerate(stack.ops) if isinstance(op, Call)]
+        for number, at in enumerate(places):
+            if number not in section.numbers:
+                self._caches.pop(f"{stack.name}.{at}", None)
+
     def _hold(self) -> None:
         """Capture a step; those that warm up write a row that the first step writes again."""
         self._at.fill_(self.place)
@@ -205,96 +222,6 @@ class Decoder:
             found = self._advance()
         found.copy_(self.logits)
         self.logits = found
-
-
-class Fixed(Steps):
-    """Evaluates one token at a place that only the device knows, with caches that have a row for every place.
-
-    Attributes:
-        static: what the ports of every application keep, by its name.
-        place: [1, 1], where the token is.
-        streams: for sections that run at the same time; one each.
-    """
-
-    static: Caches
-    place: Tensor
-    streams: Sequence[torch.cuda.Stream]
-
-    def _positions(self, tokens: TokenSet | None) -> Rows:
-        return Rows(1, self.place)
-
-    def _rows_of(self, name: str, block: Block) -> Tensor:
-        value: Tensor = self.values[name]
-        return value if self.kinds[name] == "rows" else value.index_select(token_dim(block), self.place[0])
-
-    def _plans(self, op: Segment | Call, block: Block, site: str, indices: Mapping[str, int]) -> tuple[list[Kv], Kept]:
-        ports = ports_of(block)
-        every = torch.arange(self.length, device=self.device)[None]
-        keys = Rows(self.length, every, every <= self.place)
-        plans = [Kv("read" if port.cross else "update", "cache") for port in ports]
-        return plans, Kept(tuple(self._kept(self._slot(op, site, indices), block)), keys)
-
-    def _store(
-        self, op: Segment | Call, block: Block, plans: Sequence[Kv], kept: Kept, site: str, indices: Mapping[str, int]
-    ) -> None:
-        name = self._slot(op, site, indices)
-        for number, (plan, new, layouts) in enumerate(zip(plans, kept.caches, cached_of(block), strict=True)):
-            if plan.mode == "update":
-                rows = [x.index_select(c.dim, self.place[0]) for x, c in zip(new or (), layouts, strict=True)]
-                self._write(name, number, rows, layouts)
-
-    def _write(self, name: str, port: int, rows: Iterable[Tensor], layouts: Sequence[Cached]) -> None:
-        """Write the rows of the token into what a port keeps."""
-        for own, row, cached in zip(self.static[name][port] or (), rows, layouts, strict=True):
-            own.index_copy_(cached.dim, self.place[0], row)
-
-    def _kept(self, name: str, block: Block) -> Sequence[Cache | None]:
-        """The caches of an application with a row for every place, made of what the prompt left there."""
-        if name not in self.static:
-            ports, kept = ports_of(block), self.past.caches.get(name)
-            self.static[name] = [
-                cache if port.cross or cache is None else tuple(map(self._longer, cache, own))
-                for port, own, cache in zip(
-                    ports, cached_of(block), kept.caches if kept else (), strict=kept is not None
-                )
-            ]
-        return self.static[name]
-
-    def _longer(self, cache: Tensor, layout: Cached) -> Tensor:
-        """A cache with a row for every place; of a window the prompt left its last rows alone."""
-        if not layout.alone:
-            raise IncrementalError(
-                "keys share their dimension with others and cannot get more rows",
-                expected="a cache with a dimension for the tokens",
-                found=f"one of shape {list(cache.shape)}",
-                remedy="use generate, or program.step",
-            )
-        missing = list(cache.shape)
-        missing[layout.dim] = self.past.length - cache.shape[layout.dim]
-        rows = torch.cat([cache.new_zeros(missing), cache], layout.dim)
-        return _lengthened(rows, self.length, 0, layout.dim)
-
-
-class FixedSections(Sections, Fixed):
-    """The same of a program whose layers are sections that run at the same time: branches of a CUDA graph."""
-
-    def side_by_side(self, sections: Sequence[Callable[[], None]]) -> None:
-        if not self.place.is_cuda:
-            super().side_by_side(sections)
-            return
-        # None of them runs on the current stream: what that frees meanwhile is not given to others.
-        current = torch.cuda.current_stream()
-        for stream, section in zip(self.streams, sections, strict=True):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                section()
-        for stream in self.streams:
-            current.wait_stream(stream)
-
-    def show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
-        layouts = cached_of(self.program.blocks[op.block])
-        for number in self.late.get(site, ()):
-            self._write(site, number, self.shown(op, number, indices), layouts[number])
 
 
 def _side_by_side(program: Program) -> tuple[Stack, tuple[Section, ...], range] | None:

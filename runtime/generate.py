@@ -15,6 +15,7 @@ from depthc.ir.masks.padding import padding_of
 from depthc.ir.memo import once_a_program
 from depthc.ir.plans import plan_of
 from depthc.ir.program import Program, calls
+from depthc.ir.recurrent import Recurrent
 from depthc.ir.restrict import restricted
 
 
@@ -30,6 +31,7 @@ def generate(
     stop: int | None = None,
     argument: str | None = None,
     arguments: Mapping[str, Any] | None = None,
+    recurrent: bool = False,
 ) -> Tensor:
     """Continue prompts: greedily, or by draws.
 
@@ -46,6 +48,8 @@ def generate(
         argument: the name of the argument that takes the tokens, where more than one could.
         arguments: the model's other arguments for the prompt: masks, an encoder's tokens. Masks over the tokens are
             continued with tokens that count.
+        recurrent: of staggered stacks that share their layers, run the last one alone behind the prompt: an
+            approximation (`depthc.ir.recurrent`).
 
     Returns:
         int[batch, tokens + new_tokens]: the prompts and what follows.
@@ -65,7 +69,8 @@ def generate(
     def choose(logits: Tensor) -> Tensor:
         return choose_token(logits[:, -1], temperature, top_k, draws).to(prompt.dtype)
 
-    return continue_prompts(program, slots, prompt, new_tokens, others, choose, stop)
+    decoding = Recurrent(program) if recurrent else program
+    return continue_prompts(decoding, slots, prompt, new_tokens, others, choose, stop)
 
 
 def continue_prompts(

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import depthc
 from depthc.ir.errors import IncrementalError, InputError
 from depthc.ir.program import Program
+from depthc.ir.recurrent import Recurrent
 
 
 def llama(layers: int) -> nn.Module:
@@ -112,6 +113,56 @@ def test_staggered_stacks_are_sections_of_a_step(recipe: str, sections: tuple[in
     assert decoder.sections == sections
     for at in range(2, 11):
         torch.testing.assert_close(decoder.step(tokens[:, at : at + 1]), expected[:, at], rtol=0, atol=1e-10)
+
+
+WINDOWED = {
+    "window": "stagger(window=3)",
+    "lag": "stagger(window=2, lag=2)",
+    "shared": "stagger(shared=True, window=9)",
+}
+
+
+def staggered(recipe: str, tokens: Tensor) -> Program:
+    """A staggered model, all of whose parameters count."""
+    module = depthc.compile(llama(4).double().eval(), recipe, kwargs={"input_ids": tokens}).eval()
+    with torch.no_grad():
+        for parameter in module.new_parameters().values():
+            parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype) / 3)
+    return module.program
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows_are_rings(name: str) -> None:
+    """Through the ring more than twice; with a prompt that fills it, and one that does not."""
+    torch.manual_seed(0)
+    tokens = torch.randint(97, (2, 40))
+    program = staggered(WINDOWED[name], tokens)
+    expected, sizes = whole(program, input_ids=tokens), set()
+    for prompt in (2, 5, 21):
+        decoder = depthc.Decoder(program, tokens[:, :prompt], 40)
+        for at in range(prompt, 40):
+            found = decoder.step(tokens[:, at : at + 1])
+            torch.testing.assert_close(found, expected[:, at], rtol=0, atol=1e-10)
+        sizes.add(decoder.cache_bytes)
+    rows = {"window": 8, "lag": 8, "shared": 16}[name]
+    own, crossing = (8, 4) if name == "shared" else (4, 2)
+    assert sizes == {(own * 40 + crossing * rows) * 2 * 2 * 16 * 8}  # of two rows of the batch; keys and values of fp64
+
+
+def test_the_last_stack_alone() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(97, (2, 24))
+    program = staggered("stagger(shared=True, window=5)", tokens)
+    decoding, decoder = Recurrent(program), depthc.Decoder(program, tokens[:, :7], 24, recurrent=True)
+    out, past = decoding.start(input_ids=tokens[:, :7])
+    torch.testing.assert_close(decoder.logits, out.logits[:, -1], rtol=0, atol=1e-10)
+    for at in range(7, 24):
+        out, past = decoding.step(past, input_ids=tokens[:, at : at + 1])
+        found = decoder.step(tokens[:, at : at + 1])
+        torch.testing.assert_close(found, out.logits[:, -1], rtol=0, atol=1e-10)
+    everything = depthc.Decoder(program, tokens[:, :7], 24)
+    assert (decoder.sections, everything.sections) == ((4,), (4, 4))
+    assert decoder.cache_bytes * 2 < everything.cache_bytes * 1.2
 
 
 class Counted(nn.Module):

@@ -14,7 +14,7 @@ from depthc.ir.axes.ops import FILLS, Slot, map_operands, op_name
 from depthc.ir.rows import varlen
 from depthc.ir.rows.extents import Extents
 from depthc.ir.rows.fitting import Attend, Fitting
-from depthc.ir.rows.gather import Reader, Rows, append_rows, overwrite_rows
+from depthc.ir.rows.gather import Reader, Rows, append_rows, overwrite_rows, write_row
 from depthc.ir.rows.packing import PADDED, Packing
 from depthc.ir.rows.schedule import HERE, Frame, Schedule, Source
 
@@ -30,7 +30,8 @@ class Execution:
         caches: one a port.
         positions, valid: of the rows at hand.
         slots: where packed rows are among the padded ones that `positions` and `valid` speak of; None: they are padded.
-        keys: of the rows in the caches; a cache of fewer rows holds the last of them.
+        keys: of the rows in the caches, one a port; a cache of fewer rows holds the last of them.
+        inplace: whether the row at hand, one and the same in all batch rows, is written into the caches given.
         ordered: whether positions ascend.
         causal: of every port, whether its mask is known to be causality and no more; empty: of none.
         length: the number of all tokens, if it is known.
@@ -45,7 +46,8 @@ class Execution:
         positions: Tensor | None,
         valid: Tensor | None,
         slots: Tensor | None,
-        keys: Rows,
+        keys: Sequence[Rows],
+        inplace: bool,
         ordered: bool,
         causal: Sequence[bool],
         length: int | None,
@@ -53,6 +55,7 @@ class Execution:
     ) -> None:
         body = schedule.axes.block.body
         self.schedule, self.axes, self.caches, self.causal = schedule, schedule.axes, caches, causal
+        self.inplace = inplace
         self.feeds = dict(zip(body.placeholders, feeds, strict=True))
         self.full: dict[fx.Node, Any] = dict(self.feeds)
         self.values: dict[tuple[fx.Node, Frame], Any] = {}
@@ -65,7 +68,7 @@ class Execution:
         self.padded = PADDED if self.packing else HERE
         for port, source in enumerate(schedule.sources):
             if not schedule.ports[port].cross:
-                self.frames[port] = self._keys(port, source, keys)
+                self.frames[port] = self._keys(port, source, keys[port])
         self.fitting = Fitting(schedule, self.sizes, ordered, attend)
         for node in body.placeholders_of("value")[: self.axes.block.carries]:
             self.values[node, HERE] = self.feeds[node]
@@ -126,6 +129,9 @@ class Execution:
         slots = here.index(new.device)
         if keys.positions is not None:
             slots = (keys.positions[:, None, :] == slots[:, :, None]).int().argmax(-1)
+        if self.inplace:
+            write_row(old, new, slots[0], cached.dim)
+            return old
         sizes = self.sizes.here(port, port), self.sizes.here(HERE, self.padded)
         return overwrite_rows(old, new, cached.label, self.axes.batch, self.axes.token, slots, here.valid, sizes)
 

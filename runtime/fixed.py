@@ -1,0 +1,173 @@
+"""Steps of fixed shapes: caches are rings, and where a token is only the device knows.
+
+Whatever runs them again at another place, a CUDA graph too, gets that token's results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depthc.ir.axes.caches import Cached, bounds, cached_of
+from depthc.ir.axes.ports import ports_of
+from depthc.ir.errors import IncrementalError
+from depthc.ir.plans import Plan, token_dim
+from depthc.ir.program import Block, Call, Kv, Segment
+from depthc.ir.recurrent import LastStack
+from depthc.ir.rows.execution import Cache
+from depthc.ir.rows.gather import Rows
+from depthc.ir.side_by_side import Alone, Sections
+from depthc.ir.steps import Kept, Steps
+from depthc.ir.tokens import TokenSet
+
+_ALIGNED = 8  # rows of a mask, where attention is fast
+
+Caches = dict[str, list[Cache | None]]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The tokens of a cache in which the row of a token is its place modulo the number of rows.
+
+    Attributes:
+        positions, valid: [1, rows], the places of the tokens, and which rows hold one.
+        row: [1], that of the token at hand.
+    """
+
+    positions: Tensor
+    valid: Tensor
+    row: Tensor
+
+    @classmethod
+    def at(cls, place: Tensor, rows: int) -> Ring:
+        """Of the token at `place` [1, 1], whose row has been written.
+
+        Example:
+            >>> ring = Ring.at(torch.tensor([[5]]), 4)
+            >>> ring.positions.tolist(), ring.row.tolist()
+            ([[4, 5, 2, 3]], [1])
+        """
+        behind = (place - torch.arange(rows, device=place.device)[None]) % rows
+        return cls((place - behind).clamp(min=0), behind <= place, place[0] % rows)
+
+
+def ring_sizes(plan: Plan, op: Segment | Call, block: Block, length: int) -> list[int]:
+    """How many rows each port keeps of up to `length` tokens: those of its window, and the token's own."""
+    reaches = plan.reaches.get(op) if isinstance(op, Call) else None
+    kept = bounds(block, reaches or (None,) * len(ports_of(block)))
+    return [length if n is None else min(length, -(-(n + 1) // _ALIGNED) * _ALIGNED) for n in kept]
+
+
+class Fixed(Steps):
+    """Evaluates one token at a place that only the device knows, with caches whose sizes stay.
+
+    Attributes:
+        static: what the ports of every application keep, by its name; written over.
+        place: [1, 1], where the token is.
+        rings: the tokens of caches, by the number of rows.
+    """
+
+    static: Caches
+    place: Tensor
+    rings: Mapping[int, Ring]
+
+    def _positions(self, tokens: TokenSet | None) -> Rows:
+        return Rows(1, self.place)
+
+    def _rows_of(self, name: str, block: Block) -> Tensor:
+        value: Tensor = self.values[name]
+        return value if self.kinds[name] == "rows" else value.index_select(token_dim(block), self.place[0])
+
+    def _plans(self, op: Segment | Call, block: Block, site: str, indices: Mapping[str, int]) -> tuple[list[Kv], Kept]:
+        plans = [Kv("read" if port.cross else "update", "cache") for port in ports_of(block)]
+        return plans, Kept(tuple(self._kept(op, block, self._slot(op, site, indices))), self._nothing())
+
+    def _kept_rows(self, block: Block, kept: Kept) -> dict[str, Any]:
+        rings = [
+            self.rings[cache[0].shape[own[0].dim]] if cache and not port.cross else None
+            for port, own, cache in zip(ports_of(block), cached_of(block), kept.caches, strict=True)
+        ]
+        return {
+            "key_positions": [ring and ring.positions for ring in rings],
+            "key_valid": [ring and ring.valid for ring in rings],
+            "inplace": True,
+        }
+
+    def _store(
+        self, op: Segment | Call, block: Block, plans: Sequence[Kv], kept: Kept, site: str, indices: Mapping[str, int]
+    ) -> None:
+        """What is kept has been written over."""
+
+    def _kept(self, op: Segment | Call, block: Block, name: str) -> Sequence[Cache | None]:
+        """The caches of an application, made of what the prompt left there."""
+        if name not in self.static and name in self.past.caches:
+            ports = zip(
+                ports_of(block),
+                cached_of(block),
+                self.past.caches[name].caches,
+                ring_sizes(self.plan, op, block, self.length),
+                strict=True,
+            )
+            self.static[name] = [
+                cache if port.cross or cache is None else tuple(map(partial(self._as_ring, rows), cache, own))
+                for port, own, cache, rows in ports
+            ]
+        return self.static.get(name, ())
+
+    def _as_ring(self, rows: int, cache: Tensor, layout: Cached) -> Tensor:
+        """The last of the prompt's rows, each in its place."""
+        if not layout.alone:
+            raise IncrementalError(
+                "keys share their dimension with others and cannot get more rows",
+                expected="a cache with a dimension for the tokens",
+                found=f"one of shape {list(cache.shape)}",
+                remedy="use generate, or program.step",
+            )
+        count, end = min(rows, cache.shape[layout.dim]), self.past.length
+        places = torch.arange(end - count, end, device=cache.device) % rows
+        last = cache.narrow(layout.dim, cache.shape[layout.dim] - count, count)
+        shape = [*cache.shape[: layout.dim], rows, *cache.shape[layout.dim + 1 :]]
+        return cache.new_zeros(shape).index_copy_(layout.dim, places, last)
+
+
+class FixedAlone(Alone, Fixed):
+    """The same of a program whose layers are sections that need nothing of each other in a step."""
+
+    def show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
+        layouts = cached_of(self.program.blocks[op.block])
+        for port in self.late.get(site, ()):
+            rows = self.shown(op, port, indices)
+            for cache, row, c in zip(self.static[site][port] or (), rows, layouts[port], strict=True):
+                cache.index_copy_(c.dim, self.rings[cache.shape[c.dim]].row, row)
+
+
+class FixedSections(Sections, FixedAlone):
+    """Sections that run at the same time: branches of a CUDA graph.
+
+    Attributes:
+        streams: one a section.
+    """
+
+    streams: Sequence[torch.cuda.Stream]
+
+    def side_by_side(self, sections: Sequence[Callable[[], None]]) -> None:
+        if not self.place.is_cuda:
+            super().side_by_side(sections)
+            return
+        # None of them runs on the current stream: what that frees meanwhile is not given to others.
+        current = torch.cuda.current_stream()
+        for stream, section in zip(self.streams, sections, strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                section()
+        for stream in self.streams:
+            current.wait_stream(stream)
+
+
+class FixedLastStack(LastStack, FixedAlone):
+    """The last section alone: recurrent decoding."""
