@@ -34,6 +34,7 @@ VARIANTS = {
     "separate": "stagger()",
     "shared, window 128": "stagger(shared=True, window=128)",
     "shared": "stagger(shared=True)",
+    "recurrent, window 128": "stagger(shared=True, window=128)",
 }
 FASTEST = ("separate, window 128",)
 WIDTHS = {960: Sizes(960, 15, 5, 2560), 2048: Sizes(2048, 16, 8, 5632)}
@@ -100,7 +101,9 @@ def measure(row: Row, place: Place) -> dict[str, Any]:
 
     def made(name: str) -> Ready:
         module = depthc.compile(model, VARIANTS[name], kwargs={"input_ids": example}).eval()
-        decoder = depthc.Decoder(module, prompt, row.context + 1, compile=place.cuda)
+        decoder = depthc.Decoder(
+            module, prompt, row.context + 1, compile=place.cuda, recurrent=name.startswith("recurrent")
+        )
         sections[name] = decoder.sections
         moved = sum(p.numel() * p.element_size() for p in module.parameters()) + decoder.cache_bytes
         floors[name] = moved / BYTES

@@ -6,9 +6,8 @@ in the caches. A section runs with those alone; what the new tokens show to othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import fx
@@ -100,7 +99,7 @@ def _require_flat(program: Program, stack: Stack) -> None:
                 found=f"a change of {', '.join(sorted(made & shown))}" if made else type(op).__name__.lower(),
                 remedy="use program.step",
             )
-        shown |= {op.reads[i] for i in _late(program, op)}
+        shown |= {op.reads[i] for i in late_carries(program, op)}
         for port in lagged_ports(program, op):
             _shown(program.blocks[op.block], port)
 
@@ -137,7 +136,7 @@ def made_by(program: Program, op: Call) -> set[str]:
     return {name for name, node in zip(op.writes, body.results, strict=True) if node.op != "placeholder"}
 
 
-def _late(program: Program, op: Call) -> set[int]:
+def late_carries(program: Program, op: Call) -> set[int]:
     """The carries of a layer of which it reads no new token, by number."""
     block = program.blocks[op.block]
     lagged = lagged_ports(program, op)
@@ -179,7 +178,7 @@ class Alone(Steps):
             return
         self._require_lag(op, lagged)
         self.late[site] = lagged
-        late, values = _late(self.program, op), block.body.placeholders_of("value")
+        late, values = late_carries(self.program, op), block.body.placeholders_of("value")
         passed = [any(result is values[i] for i in late) for result in block.body.results]
         made = [name for name, as_given in zip(op.writes, passed, strict=True) if not as_given]
         outer = self.values, self.kinds
@@ -255,18 +254,10 @@ class Sections(Alone):
         """Run the layers, then add what the new tokens show to the caches."""
         sites = list(calls)
         parts = [[sites[at] for at in self.sections[number].numbers] for number in self.order]
-        self.side_by_side([partial(self._section, {site: calls[site] for site in part}, indices) for part in parts])
+        for site in (site for part in parts for site in part):
+            self.run_alone(calls[site], site, indices)
         for site, call in calls.items():
             self.show(call, site, indices)
-
-    def side_by_side(self, sections: Sequence[Callable[[], None]]) -> None:
-        """Run sections, of which none needs another."""
-        for section in sections:
-            section()
-
-    def _section(self, calls: Mapping[str, Call], indices: Mapping[str, int]) -> None:
-        for site, call in calls.items():
-            self.run_alone(call, site, indices)
 
 
 @dataclass(frozen=True, eq=False)

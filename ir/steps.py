@@ -91,8 +91,12 @@ class Steps:
         if "rows" in found.values():
             self.rows(op, site, indices)
         else:
-            self.evaluator.apply(op, self.values, indices)
+            self.whole(op, site, indices)
         self.kinds.update(found)
+
+    def whole(self, op: Segment | Call, site: str, indices: Mapping[str, int]) -> None:
+        """Run what stands in front of the layers, on all tokens."""
+        self.evaluator.apply(op, self.values, indices)
 
     def rows(self, op: Segment | Call, site: str, indices: Mapping[str, int], tokens: TokenSet | None = None) -> None:
         """Run a block, or a segment behind the layers, on the new tokens, or on a set of them."""

@@ -28,8 +28,9 @@ from depthc.ir.sections import Section
 from depthc.ir.side_by_side import independent
 from depthc.ir.signature import bind, unbind
 from depthc.ir.text.functions import walk
-from depthc.runtime.fixed import Caches, Fixed, FixedLastStack, FixedSections, Ring, ring_sizes
+from depthc.runtime.fixed import Caches, Fixed, FixedLastStack, FixedSections, ring_sizes, rings_at
 from depthc.runtime.generate import Slots, scoring, slots_of
+from depthc.runtime.hoist import Hoisted
 
 _FAR = 0.05  # relative errors of bf16 are far below
 
@@ -99,9 +100,10 @@ class Decoder:
         arguments = bind(self.program.signature.parameters, (), {**others, **masks, slots.tokens: self._tokens})
         self._tensors = self.program.signature.flatten(*unbind(self.program.signature.parameters, arguments))
         self._caches, self._param = Caches(), WeightParams(self.program)
-        self._ring_sizes = self._sizes_of_rings()
         self._at = torch.full((1, 1), self.place - 1, device=prompt.device)
-        self._run_rows = RowsLowering(torch.compile if compile else lambda function: function)
+        compiler = torch.compile if compile else lambda function: function
+        self._run_rows = RowsLowering(compiler)
+        self._rings, self._hoisted = compiler(partial(rings_at, self._ring_sizes())), Hoisted(slots.tokens)
         self._graph: torch.cuda.CUDAGraph | None = None
         last = last_stack(self.program) if recurrent else None
         self._sections = _side_by_side(self.program)
@@ -172,7 +174,7 @@ class Decoder:
         given = self.program, self.plan, self._past, self._tensors, self.length
         steps = self._new_steps(*given)
         steps.static, steps.place, steps.fresh = self._caches, self._at, 1
-        steps.rings = {rows: Ring.at(self._at, rows) for rows in self._ring_sizes}
+        steps.rings, steps.hoisted = self._rings(self._at), self._hoisted
         steps.run_rows, steps.evaluator.param = self._run_rows, self._param
         if isinstance(steps, FixedSections):
             steps.streams = self._streams[1:]
@@ -181,7 +183,7 @@ class Decoder:
         self._past = replace(self._past, caches={}, stream=None)  # they have been taken over
         return self.program.signature.unflatten(steps.values)[:, -1]  # type: ignore[no-any-return]
 
-    def _sizes_of_rings(self) -> set[int]:
+    def _ring_sizes(self) -> set[int]:
         every = [(op, self.program.blocks[op.block]) for op, _ in walk(self.program.stacks) if isinstance(op, Call)]
         return {self.length, *(n for op, block in every for n in ring_sizes(self.plan, op, block, self.length))}
 

@@ -5,10 +5,10 @@ Whatever runs them again at another place, a CUDA graph too, gets that token's r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,17 +21,18 @@ from depthc.ir.program import Block, Call, Kv, Segment
 from depthc.ir.recurrent import LastStack
 from depthc.ir.rows.execution import Cache
 from depthc.ir.rows.gather import Rows
-from depthc.ir.side_by_side import Alone, Sections
+from depthc.ir.sections import Section, lagged_ports
+from depthc.ir.side_by_side import Alone, Sections, late_carries, made_by
 from depthc.ir.steps import Kept, Steps
 from depthc.ir.tokens import TokenSet
+from depthc.runtime.hoist import Hoisted
 
 _ALIGNED = 8  # rows of a mask, where attention is fast
 
 Caches = dict[str, list[Cache | None]]
 
 
-@dataclass(frozen=True)
-class Ring:
+class Ring(NamedTuple):
     """The tokens of a cache in which the row of a token is its place modulo the number of rows.
 
     Attributes:
@@ -43,17 +44,21 @@ class Ring:
     valid: Tensor
     row: Tensor
 
-    @classmethod
-    def at(cls, place: Tensor, rows: int) -> Ring:
-        """Of the token at `place` [1, 1], whose row has been written.
 
-        Example:
-            >>> ring = Ring.at(torch.tensor([[5]]), 4)
-            >>> ring.positions.tolist(), ring.row.tolist()
-            ([[4, 5, 2, 3]], [1])
-        """
-        behind = (place - torch.arange(rows, device=place.device)[None]) % rows
-        return cls((place - behind).clamp(min=0), behind <= place, place[0] % rows)
+def rings_at(rows: Collection[int], place: Tensor) -> dict[int, Ring]:
+    """Rings of given numbers of rows when the token at `place` [1, 1] has been written.
+
+    Example:
+        >>> ring = rings_at([4], torch.tensor([[5]]))[4]
+        >>> ring.positions.tolist(), ring.row.tolist()
+        ([[4, 5, 2, 3]], [1])
+    """
+    return {count: _ring_at(count, place) for count in rows}
+
+
+def _ring_at(count: int, place: Tensor) -> Ring:
+    behind = (place - torch.arange(count, device=place.device)[None]) % count
+    return Ring((place - behind).clamp(min=0), behind <= place, place[0] % count)
 
 
 def ring_sizes(plan: Plan, op: Segment | Call, block: Block, length: int) -> list[int]:
@@ -70,11 +75,17 @@ class Fixed(Steps):
         static: what the ports of every application keep, by its name; written over.
         place: [1, 1], where the token is.
         rings: the tokens of caches, by the number of rows.
+        hoisted: runs what stands in front of the layers.
     """
 
     static: Caches
     place: Tensor
     rings: Mapping[int, Ring]
+    hoisted: Hoisted
+
+    def whole(self, op: Segment | Call, site: str, indices: Mapping[str, int]) -> None:
+        self.evaluator.run_body = partial(self.hoisted.run, op, site)
+        super().whole(op, site, indices)
 
     def _positions(self, tokens: TokenSet | None) -> Rows:
         return Rows(1, self.place)
@@ -149,24 +160,44 @@ class FixedAlone(Alone, Fixed):
 class FixedSections(Sections, FixedAlone):
     """Sections that run at the same time: branches of a CUDA graph.
 
+    What a section shows to others is written as soon as it has run. Others may still read the cache: the row belongs to
+    a token that none of them sees.
+
     Attributes:
         streams: one a section.
     """
 
     streams: Sequence[torch.cuda.Stream]
 
-    def side_by_side(self, sections: Sequence[Callable[[], None]]) -> None:
-        if not self.place.is_cuda:
-            super().side_by_side(sections)
-            return
+    def layers(self, calls: Mapping[str, Call], indices: Mapping[str, int]) -> None:
+        self.late = {site: lagged_ports(self.program, call) for site, call in calls.items()}
+        for site, call in calls.items():
+            self._kept(call, self.program.blocks[call.block], site)  # before there are branches
         # None of them runs on the current stream: what that frees meanwhile is not given to others.
-        current = torch.cuda.current_stream()
-        for stream, section in zip(self.streams, sections, strict=True):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                section()
+        current = torch.cuda.current_stream() if self.streams else None
+        for number, section in enumerate(self.sections):
+            with self._branch(number, current):
+                self._section(section, calls, indices)
         for stream in self.streams:
-            current.wait_stream(stream)
+            current.wait_stream(stream)  # type: ignore[union-attr]
+
+    @contextmanager
+    def _branch(self, number: int, current: torch.cuda.Stream | None) -> Iterator[None]:
+        if current is None:
+            yield
+            return
+        self.streams[number].wait_stream(current)
+        with torch.cuda.stream(self.streams[number]):
+            yield
+
+    def _section(self, section: Section, calls: Mapping[str, Call], indices: Mapping[str, int]) -> None:
+        sites = list(calls)
+        for at in section.numbers:
+            self.run_alone(calls[sites[at]], sites[at], indices)
+        made = {name for call in section.calls for name in made_by(self.program, call)}
+        for site, call in calls.items():
+            if made & {call.reads[i] for i in late_carries(self.program, call)}:
+                self.show(call, site, indices)
 
 
 class FixedLastStack(LastStack, FixedAlone):

@@ -12,6 +12,7 @@ from architectures import ZOO
 from architectures.base import perturb
 from compare import without_cache
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import depthc
@@ -147,6 +148,33 @@ def test_windows_are_rings(name: str) -> None:
     rows = {"window": 8, "lag": 8, "shared": 16}[name]
     own, crossing = (8, 4) if name == "shared" else (4, 2)
     assert sizes == {(own * 40 + crossing * rows) * 2 * 2 * 16 * 8}  # of two rows of the batch; keys and values of fp64
+
+
+class Ops(TorchDispatchMode):
+    """The names of all ops, and of how many elements the result is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.seen.append((func.overloadpacket.__name__, made.numel() if isinstance(made, Tensor) else 0))
+        return made
+
+
+def test_what_a_token_does_not_change_is_made_once() -> None:
+    """No step makes a rotary table or a mask of all pairs, or copies a cache."""
+    torch.manual_seed(0)
+    tokens = torch.randint(97, (2, 64))
+    decoder = depthc.Decoder(staggered("stagger(window=3)", tokens), tokens[:, :9], 64)
+    decoder.step(tokens[:, 9:10])
+    with Ops() as ops:
+        decoder.step(tokens[:, 10:11])
+    names = {name for name, _ in ops.seen}
+    assert "embedding" in names
+    assert not names & {"cos", "sin", "scatter", "tril"}
+    assert max(size for name, size in ops.seen if name in ("ge", "lt", "bitwise_and", "cat")) < 64 * 64
 
 
 def test_the_last_stack_alone() -> None:
