@@ -34,6 +34,7 @@ VARIANTS = {
     "separate": "stagger()",
     "shared, window 128": "stagger(shared=True, window=128)",
     "shared": "stagger(shared=True)",
+    "shared, branches, window 128": "stagger(shared=True, window=128)",
     "recurrent, window 128": "stagger(shared=True, window=128)",
 }
 FASTEST = ("separate, window 128",)

@@ -31,6 +31,7 @@ from depthc.ir.text.functions import walk
 from depthc.runtime.fixed import Caches, Fixed, FixedLastStack, FixedSections, ring_sizes, rings_at
 from depthc.runtime.generate import Slots, scoring, slots_of
 from depthc.runtime.hoist import Hoisted
+from depthc.runtime.together import FixedTogether, runs_together
 
 _FAR = 0.05  # relative errors of bf16 are far below
 
@@ -45,6 +46,8 @@ class Decoder:
         argument, arguments: see `generate`.
         compile: compile the blocks with torch.compile, each once.
         graph: hold a step in a CUDA graph; on CUDA by default.
+        together: run stacks that share their layers as one batch; else, and where they do not, they are branches of
+            the graph.
         recurrent: see `generate`.
 
     Attributes:
@@ -52,6 +55,7 @@ class Decoder:
         place: how many tokens there are so far.
         sections: how many layers each part of a step has that runs beside others (`depthc.ir.sections`); none, where
             layers run one after another.
+        together: whether these parts are one batch.
 
     Raises:
         IncrementalError: the program has no incremental form, or none of fixed shapes; says why.
@@ -73,6 +77,7 @@ class Decoder:
         arguments: Mapping[str, Any] | None = None,
         compile: bool = False,
         graph: bool | None = None,
+        together: bool = True,
         recurrent: bool = False,
     ) -> None:
         self.program = flagged(scoring(model.program if isinstance(model, DepthModule) else model))
@@ -108,7 +113,10 @@ class Decoder:
         last = last_stack(self.program) if recurrent else None
         self._sections = _side_by_side(self.program)
         self.sections = tuple(section.depth for section in self._sections[1]) if self._sections else ()
-        self._new_steps: Callable[..., Fixed] = partial(FixedSections, *self._sections) if self._sections else Fixed
+        self.together = together and self._sections is not None and runs_together(self.program, self._sections[1])
+        in_sections = FixedTogether if self.together and not recurrent else FixedSections
+        self._new_steps: Callable[..., Fixed] = partial(in_sections, *self._sections) if self._sections else Fixed
+        self._repeated: dict[str, Tensor] = {}
         self._streams = [torch.cuda.Stream() for _ in (0, *self.sections)] if prompt.is_cuda else []
         if self._past.length < self.place:
             self._require_agreement()
@@ -178,6 +186,8 @@ class Decoder:
         steps.run_rows, steps.evaluator.param = self._run_rows, self._param
         if isinstance(steps, FixedSections):
             steps.streams = self._streams[1:]
+        if isinstance(steps, FixedTogether):
+            steps.repeated = self._repeated
         for item in self.plan.body:
             steps.ops(item.ops if isinstance(item, Stack) else (item,), item.name, {})
         self._past = replace(self._past, caches={}, stream=None)  # they have been taken over

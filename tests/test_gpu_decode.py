@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import depthc
+from depthc.codegen.module import DepthModule
+from depthc.ir.recurrent import Recurrent
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -14,13 +17,18 @@ pytestmark = [
 ]
 
 
-SECTIONS = {"identity": (), "tie(loops=2)": (), "stagger(window=1)": (3, 3), "stagger(stacks=3)": (2, 2, 2)}
+SHARED = "stagger(shared=True, window=5)"
+SECTIONS = {
+    "identity": (),
+    "tie(loops=2)": (),
+    "stagger(window=1)": (3, 3),
+    "stagger(stacks=3)": (2, 2, 2),
+    SHARED: (6, 6),
+}
 
 
-@pytest.mark.parametrize("recipe", SECTIONS)
-@pytest.mark.parametrize(("compile", "graph"), [(False, True), (True, True), (False, False)])
-@pytest.mark.parametrize("prompt", [2, 5])
-def test_steps(recipe: str, compile: bool, graph: bool, prompt: int) -> None:
+def staggered(recipe: str) -> tuple[DepthModule, Tensor]:
+    """A model all of whose parameters count, and tokens."""
     torch.compiler.reset()
     torch.manual_seed(0)
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
@@ -30,10 +38,47 @@ def test_steps(recipe: str, compile: bool, graph: bool, prompt: int) -> None:
     with torch.no_grad():  # cross-attention starts at zero
         for param in module.parameters():
             param.add_(0.05 * torch.randn_like(param))
-        expected = module(input_ids=tokens).logits
+    return module, tokens
+
+
+def assert_steps(decoder: depthc.Decoder, tokens: Tensor, expected: Tensor) -> None:
+    """Steps up to the end of the tokens, against the logits behind each."""
+    for at in range(decoder.place, tokens.shape[1]):
+        found = decoder.step(tokens[:, at : at + 1])
+        assert (found - expected[:, at]).norm() <= 1e-4 * expected[:, at].norm()
+
+
+@pytest.mark.parametrize("recipe", SECTIONS)
+@pytest.mark.parametrize(("compile", "graph"), [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("prompt", [2, 5])
+@torch.no_grad()
+def test_steps(recipe: str, compile: bool, graph: bool, prompt: int) -> None:
+    module, tokens = staggered(recipe)
     decoder = depthc.Decoder(module, tokens[:, :prompt], 24, compile=compile, graph=graph)
     assert (decoder._graph is not None) == graph
     assert decoder.sections == SECTIONS[recipe]
-    for at in range(prompt, 24):
-        found = decoder.step(tokens[:, at : at + 1])
-        assert (found - expected[:, at]).norm() <= 1e-4 * expected[:, at].norm()
+    assert decoder.together == (recipe == SHARED)
+    assert_steps(decoder, tokens, module(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@torch.no_grad()
+def test_stacks_that_share_their_layers_as_branches(compile: bool) -> None:
+    module, tokens = staggered(SHARED)
+    decoder = depthc.Decoder(module, tokens[:, :5], 24, compile=compile, together=False)
+    assert not decoder.together
+    assert_steps(decoder, tokens, module(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@torch.no_grad()
+def test_the_last_stack_alone(compile: bool) -> None:
+    module, tokens = staggered(SHARED)
+    decoding = Recurrent(module.program)
+    out, past = decoding.start(input_ids=tokens[:, :5])
+    expected = [out.logits]
+    for at in range(5, 24):
+        out, past = decoding.step(past, input_ids=tokens[:, at : at + 1])
+        expected.append(out.logits)
+    decoder = depthc.Decoder(module, tokens[:, :5], 24, compile=compile, recurrent=True)
+    assert_steps(decoder, tokens, torch.cat(expected, 1))
