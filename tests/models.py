@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+@cache
+def stack_program(depth: int) -> Program:
+    """The program of a small stack of layers over `ids()`, captured once."""
+    return depthc.capture(seeded(lambda: Stacked(Spec(depth=depth))), (ids(),))
 
 
 def ids(batch: int = 2, length: int = 5, seed: int = 0) -> Tensor:

@@ -117,10 +117,8 @@ def assert_judged_alike(found: dict[str, Tensor], expected: dict[str, Tensor], t
 QUICK = {("tie", "bodies", True, "states"), ("recursion", "bodies", True, "states")}
 SLOW = {
     ("share_first", "bodies", True, "states"),
-    ("tie", "bodies", False, "tokens"),
     ("recursion", "bodies", False, "tokens"),
     ("recursion", "whole", True, "states"),
-    ("tie", "whole", False, "states"),
     ("packed", "bodies", True, "states"),
 }
 CASES = [

@@ -23,7 +23,7 @@ from depthc.ir.sections import sections_of
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipe import Recipe
 
-from .models import Spec, Stacked, ids, seeded
+from .models import stack_program
 from .routed import BACKWARD, FORWARD, ROWS, captured, logits_of, stepped, weighted
 from .test_stagger import for_oracle
 
@@ -140,7 +140,7 @@ def both(
 
 
 def test_widened_stacks_are_still_side_by_side() -> None:
-    program = depthc.compile(seeded(lambda: Stacked(Spec(depth=4))), "stagformer | widen()", args=(ids(),)).program
+    program = depthc.compile(stack_program(4), "stagformer | widen()").program
     assert [section.depth for section in sections_of(program, program.stacks[-1])] == [2, 2]
 
 

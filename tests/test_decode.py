@@ -95,9 +95,9 @@ def test_applications_of_a_shared_block() -> None:
     ("recipe", "sections"),
     [
         ("stagger(window=2)", (3, 3)),
-        ("stagger(stacks=3, lag=2)", (2, 2, 2)),
+        pytest.param("stagger(stacks=3, lag=2)", (2, 2, 2), marks=pytest.mark.thorough),
         pytest.param("stagger(shared=True)", (6, 6), marks=pytest.mark.thorough),
-        pytest.param("stagger(reinject=False)", (), marks=pytest.mark.slow),
+        pytest.param("stagger(reinject=False)", (), marks=pytest.mark.thorough),
         pytest.param("stagger(lag=0)", (), marks=pytest.mark.thorough),
     ],
 )

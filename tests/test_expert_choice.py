@@ -18,12 +18,11 @@ from depthc.ir.program import Block
 from depthc.ir.rows.run import run_rows
 from depthc.ir.selection import STAGES
 
-from .models import Spec, Stacked, ids, seeded
+from .models import ids, stack_program
 
 
 def make(**options: object) -> DepthModule:
-    model: nn.Module = seeded(lambda: Stacked(Spec(depth=8)))
-    return depthc.compile(model, "mor", args=(ids(),), std=1.0, **options)
+    return depthc.compile(stack_program(8), "mor", std=1.0, **options)
 
 
 # warm-up

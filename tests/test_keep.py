@@ -20,7 +20,7 @@ from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 from depthc.runtime.telemetry import report
 
-from .models import Spec, Stacked, ids, seeded
+from .models import Spec, Stacked, ids, seeded, stack_program
 from .routed import (
     FORWARD,
     ROWS,
@@ -239,7 +239,7 @@ def test_an_argument_that_the_model_does_not_read() -> None:
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str, remedy: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
-        depthc.compile(seeded(lambda: Stacked(Spec(depth=2))), Keep(**options), args=(ids(),))
+        depthc.compile(stack_program(2), Keep(**options))
     assert remedy in caught.value.remedy
 
 

@@ -125,7 +125,7 @@ def test_every_head_size_has_a_plan(features: int, width: int) -> None:
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("features", [64, 128])
-@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("window", [pytest.param(False, marks=pytest.mark.thorough), True])
 @pytest.mark.parametrize("name", ["forward", "queries", "keys"])
 def test_kernels_compile_for_hopper(name: str, window: bool, features: int) -> None:
     """Products on tensor cores, loads in 16 bytes, hardly anything spilled, in the shared memory that there is."""
@@ -136,7 +136,9 @@ def test_kernels_compile_for_hopper(name: str, window: bool, features: int) -> N
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize(("itemsize", "features"), PLANS)
+@pytest.mark.parametrize(
+    ("itemsize", "features"), [p if p[0] == 2 else pytest.param(*p, marks=pytest.mark.thorough) for p in PLANS]
+)
 @pytest.mark.parametrize("name", ["forward", "queries", "keys"])
 def test_all_plans_compile_for_hopper(name: str, itemsize: int, features: int) -> None:
     taken(name, features, itemsize, False)

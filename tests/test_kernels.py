@@ -10,6 +10,8 @@ import pytest
 import torch
 
 FILES = sorted((Path(__file__).parent / "kernels").glob("test_*.py"))
+LONG = ("test_routing", "test_shared_attention")  # each in a process of its own
+GROUPS = [*([file] for file in FILES if file.stem in LONG), [file for file in FILES if file.stem not in LONG]]
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
@@ -18,9 +20,10 @@ pytestmark = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_interpreted(file: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not thorough", str(file)]
+@pytest.mark.parametrize("files", GROUPS, ids=lambda files: files[0].stem)
+def test_interpreted(files: list[Path]) -> None:
+    options = ["-q", "-p", "no:cacheprovider", "-m", "not thorough"]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, cwd=file.parents[2], env=env, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=files[0].parents[2], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -22,7 +22,7 @@ from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 from depthc.runtime.telemetry import depth_of, report
 
-from .models import Spec, Stacked, ids, seeded
+from .models import Spec, Stacked, ids, seeded, stack_program
 from .routed import (
     FORWARD,
     ROWS,
@@ -239,7 +239,7 @@ def test_token_by_token_is_the_whole_sequence(kind: str, predictor: bool) -> Non
 
 
 def test_generate_continues_with_the_causal_rule() -> None:
-    compiled = depthc.compile(seeded(lambda: Stacked(Spec(depth=4))), "mod", args=(ids(),), std=1.0).eval()
+    compiled = depthc.compile(stack_program(4), "mod", std=1.0).eval()
     sequence = ids(2, 4)
     for _ in range(4):
         sequence = torch.cat([sequence, compiled(sequence)[:, -1:].argmax(-1)], 1)
@@ -348,7 +348,7 @@ def test_routers_and_predictors_are_exact_under_autocast() -> None:
 )
 def test_options_that_do_not_fit(options: dict[str, Any], message: str, remedy: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
-        depthc.compile(seeded(lambda: Stacked(Spec(depth=4))), "mod", args=(ids(),), **options)
+        depthc.compile(stack_program(4), "mod", **options)
     assert remedy in caught.value.remedy
 
 
@@ -362,7 +362,7 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str, remedy: 
 )
 def test_passes_in_an_order_that_does_not_fit(recipe: str, remedy: str) -> None:
     with pytest.raises(RecipeError, match="rewritten before") as caught:
-        depthc.compile(seeded(lambda: Stacked(Spec(depth=6))), recipe, args=(ids(),))
+        depthc.compile(stack_program(6), recipe)
     assert remedy in caught.value.remedy
 
 

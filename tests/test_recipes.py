@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import depthc
 from depthc.ir.errors import RecipeError, VerifyError
@@ -17,7 +18,7 @@ from depthc.passes.recipes import RECIPES, recipe_of
 from depthc.passes.route import Route
 from depthc.passes.tie import Tie
 
-from .models import Spec, Stacked, ids, seeded
+from .models import Spec, Stacked, ids, seeded, stack_program
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_files_that_are_no_recipes(content: str, message: str, tmp_path: Path) -
 
 def test_options_of_compile_reach_the_passes() -> None:
     with pytest.raises(RecipeError, match="no option 'lops'"):
-        depthc.compile(seeded(lambda: Stacked(Spec(depth=6))), "mor", args=(ids(),), lops=3)
+        depthc.compile(stack_program(6), "mor", lops=3)
 
 
 def test_a_pass_that_breaks_the_program_is_named(program: Program) -> None:
@@ -129,3 +130,14 @@ def test_a_pass_that_breaks_the_program_is_named(program: Program) -> None:
     finally:
         del PASSES["broken"]
     assert "after pass 2, broken()" in caught.value.where
+
+
+def test_a_program_is_captured_once_for_many_recipes() -> None:
+    model = seeded(lambda: Stacked(Spec(depth=6)))
+    program = depthc.capture(model, (ids(),))
+    found, expected = (depthc.compile(*given, loops=2) for given in ((program, "tie"), (model, "tie", (ids(),))))
+    assert str(found.program) == str(expected.program)
+    assert torch.equal(found(ids(3, 7)), expected(ids(3, 7)))
+    assert found.training
+    with pytest.raises(depthc.DepthError, match="takes no example arguments"):
+        depthc.compile(program, "tie", (ids(),))

@@ -352,13 +352,13 @@ def test_a_process_measures_and_the_tables_show_it(tmp_path: Path) -> None:
     assert "- graph: skipped: CUDA graphs need CUDA" in page
 
 
-EVERY = ("1 layer, 1/3, training", "share_first, 1/3, forward", "token choice, forward")
-LONG = pytest.param("MoR-3", marks=pytest.mark.thorough)
+EVERY = ("1 layer, 1/3, training", "token choice, forward")
+LONG = [pytest.param(name, marks=pytest.mark.thorough) for name in ("share_first, 1/3, forward", "MoR-3")]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*EVERY, LONG])
+@pytest.mark.parametrize("name", [*EVERY, *LONG])
 def test_every_kind_in_small(name: str) -> None:
     torch.compiler.reset()
     row = routing.measure(tiny(ROWS[name]), HERE)

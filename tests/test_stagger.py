@@ -20,7 +20,7 @@ from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 from depthc.passes.stagger import Stagger
 
-from .models import Spec, Stacked, ids, seeded
+from .models import Spec, Stacked, ids, seeded, stack_program
 from .routed import BACKWARD, FORWARD, ROWS, captured, changed_last, documents_of, logits_of, weighted
 
 EVERY = (*oracles.KINDS, QK_NORM)
@@ -252,8 +252,9 @@ def refused(model: nn.Module, match: str, recipe: str = "stagger()") -> None:
 
 
 def test_stacks_that_do_not_divide() -> None:
-    refused(Stacked(Spec(depth=9)), "stacks among 3, 9, or shared=True", "stagger(stacks=2)")
-    refused(Stacked(Spec(depth=9)), "give stacks=3", "stagger(stacks=4)")
+    for stacks, message in ((2, "stacks among 3, 9, or shared=True"), (4, "give stacks=3")):
+        with pytest.raises(RecipeError, match=message):
+            depthc.compile(stack_program(9), "stagger", stacks=stacks)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 from depthc.passes.stride import Stride
 
-from .models import Spec, Stacked, ids, seeded
+from .models import Spec, Stacked, ids, seeded, stack_program
 from .optional import TORCH_MLIR
 from .routed import (
     DOCUMENTS,
@@ -262,7 +262,7 @@ def test_documents_are_those_documents_alone() -> None:
 
 def compiled(**options: Any) -> tuple[nn.Module, DepthModule]:
     model: nn.Module = seeded(lambda: Stacked(Spec(depth=4)))
-    return model, depthc.compile(model, recipe_of("altup_sequence", options), args=(ids(),)).eval()
+    return model, depthc.compile(stack_program(4), recipe_of("altup_sequence", options)).eval()
 
 
 def test_printed_parsed_saved(tmp_path: Any) -> None:
@@ -331,7 +331,7 @@ def test_options_out_of_range(options: dict[str, Any], message: str, remedy: str
 
 def test_two_layers_have_none_between() -> None:
     with pytest.raises(RecipeError, match="no such layers"):
-        depthc.compile(seeded(lambda: Stacked(Spec(depth=2))), "stride", args=(ids(),))
+        depthc.compile(stack_program(2), "stride")
 
 
 @pytest.mark.slow

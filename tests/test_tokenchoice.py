@@ -19,7 +19,7 @@ from depthc.passes.recipes import recipe_of
 from depthc.runtime.balance import update
 from depthc.runtime.telemetry import depth_of, report
 
-from .models import Spec, Stacked, ids, seeded
+from .models import ids, stack_program
 from .routed import (
     FORWARD,
     ROWS,
@@ -228,7 +228,7 @@ def test_only_tokens_that_are_as_deep_reach_the_products() -> None:
 
 
 def test_shares_that_are_not_numbers() -> None:
-    module = depthc.compile(seeded(lambda: Stacked(Spec(depth=8))), "mor_token", args=(ids(),))
+    module = depthc.compile(stack_program(8), "mor_token")
     with torch.no_grad():
         module.parameter_of("depth.r.router.weight").fill_(float("nan"))
     with pytest.raises(RoutingError, match="not a number"):
@@ -237,7 +237,7 @@ def test_shares_that_are_not_numbers() -> None:
 
 @pytest.mark.slow
 def test_reports_say_how_deep_tokens_go() -> None:
-    module = depthc.compile(seeded(lambda: Stacked(Spec(depth=8))), "mor_token", args=(ids(),), std=1.0)
+    module = depthc.compile(stack_program(8), "mor_token", std=1.0)
     found = report(module.forward_with_aux(ids(2, 12))[1])
     assert sum(found.tokens_per_depth) == found.tokens == 24
     assert found.tokens_per_depth[0] == 0
@@ -256,10 +256,10 @@ def test_reports_say_how_deep_tokens_go() -> None:
 )
 def test_options_that_do_not_fit(options: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
-        depthc.compile(seeded(lambda: Stacked(Spec(depth=8))), "mor_token", args=(ids(),), **options)
+        depthc.compile(stack_program(8), "mor_token", **options)
     assert caught.value.remedy
 
 
 def test_layers_that_are_not_tied_have_no_loop() -> None:
     with pytest.raises(RecipeError, match="no loop to route"):
-        depthc.compile(seeded(lambda: Stacked(Spec(depth=8))), "tokenchoice", args=(ids(),))
+        depthc.compile(stack_program(8), "tokenchoice")

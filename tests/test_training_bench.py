@@ -167,7 +167,9 @@ def test_the_rate_rises_and_falls_over_the_budget() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["vanilla", "mor", "mor_token"])
+@pytest.mark.parametrize(
+    "variant", ["mor", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("vanilla", "mor_token"))]
+)
 def test_resumed_is_as_uninterrupted(maker: Maker, tmp_path: Path, data: bytes, variant: str) -> None:
     whole = trainer(maker, variant, tmp_path / "none.pt", data, 1.2e9 / 4)
     assert whole.train(lambda: False, lambda *_: None)
@@ -368,7 +370,7 @@ def test_every_variant_in_small(tmp_path: Path, data: bytes, capsys: pytest.Capt
     assert f"| mor | {sizes['mor']['unique']:,} | {sizes['mor']['applied']:,} |" in tables
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_staggered_variants_in_small(tmp_path: Path, data: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "corpus.bin"
     path.write_bytes(data)

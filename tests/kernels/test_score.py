@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from depthc.codegen.kernels.score import applies, score_reference, score_rows
+from depthc.codegen.kernels.score import applies, op, score_reference, score_rows
 from depthc.codegen.kernels.score.match import Options, options_of
-from depthc.codegen.kernels.score.op import PROGRAMS, WIDEST, _tiles
+from depthc.codegen.kernels.score.op import WIDEST, _tiles
 from depthc.ir.program import Segment
 from depthc.ir.types import Type
 from depthc.passes.routing_glue import router
@@ -56,8 +56,9 @@ def test_gradients(B: int, S: int, D: int, carried: bool) -> None:
         torch.testing.assert_close(grads[0], upstream[..., None] * weight)
 
 
-def test_more_tokens_than_programs_and_repeated() -> None:
-    stream, weight = made(2, PROGRAMS * 20, 8)
+def test_more_tokens_than_programs_and_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "PROGRAMS", 8)
+    stream, weight = made(2, 8 * 20, 8)
     x, w = stream.requires_grad_(), weight.requires_grad_()
     upstream = torch.randn(stream.shape[:2], device=DEVICE)
     first, again = (torch.autograd.grad(score_rows(x, w), (x, w), upstream) for _ in range(2))

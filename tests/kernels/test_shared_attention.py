@@ -203,7 +203,7 @@ def test_random_cases(case: Case) -> None:
         agree(case)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @settings(max_examples=40)
 @given(case=cases())
 def test_many_random_cases(case: Case) -> None:
