@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import cycle
 from math import prod
 from typing import Any
@@ -11,7 +10,7 @@ import oracles
 import pytest
 import sympy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,11 +20,11 @@ from depthc.ir.cost.cost import cost_of
 from depthc.ir.cost.flops import flops
 from depthc.ir.cost.pairs import pairs
 from depthc.ir.masks.factors import Factor, product
-from depthc.ir.program import Program
 from depthc.passes.pipeline import run_recipe
 from depthc.passes.recipes import recipe_of
 
 from .models import Spec, Stacked, ids, seeded
+from .routed import captured
 from .test_tie import smollm
 
 BATCH, LENGTH = 3, 11
@@ -39,13 +38,6 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "stride": ("altup_sequence", {"every": 4}),
     "wide": ("altup", {"embedding": "wide"}),
 }
-
-
-@cache
-def captured(kind: str) -> tuple[nn.Module, Program]:
-    model = oracles.build(kind)
-    with oracles.Wide():
-        return model, depthc.capture(model, kwargs=oracles.inputs_of(kind, torch.ones(2, 9, dtype=torch.bool)))
 
 
 def grouped(rows: tuple[int, ...], weights: tuple[int, ...], *_: Any, **__: Any) -> int:
@@ -70,7 +62,7 @@ PAIRS = [(k, r) for i, k in enumerate(oracles.KINDS) for j, r in enumerate(RECIP
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "recipe"), PAIRS)
 def test_closed_form_counts_what_runs(kind: str, recipe: str) -> None:
-    program = run_recipe(captured(kind)[1], recipe_of(*RECIPES[recipe]))[0]
+    program = run_recipe(captured(kind, "full")[1], recipe_of(*RECIPES[recipe]))[0]
     module = lower(program).eval()
     module.selection = "training"
     inputs = oracles.inputs_of(kind, torch.ones(BATCH, LENGTH, dtype=torch.bool))
@@ -91,7 +83,7 @@ KEEPING = {"mor_token": ("mor_token", {}), "mor of all tokens": ("mor", {"capaci
 )
 def test_parameters_and_caches_are_exact(kind: str, recipe: str) -> None:
     """What a module holds, and what attention keeps after a prompt: to the byte."""
-    program = run_recipe(captured(kind)[1], recipe_of(*KEEPING[recipe]))[0]
+    program = run_recipe(captured(kind, "full")[1], recipe_of(*KEEPING[recipe]))[0]
     module = lower(program).eval()
     inputs = oracles.inputs_of(kind, torch.ones(BATCH, LENGTH, dtype=torch.bool))
     cost, sets = cost_of(program, selection="inference"), []
@@ -117,7 +109,7 @@ def test_masked_pairs_are_not_counted() -> None:
     attention = 2 * b * heads * (s * (s + 1) // 2) * 2 * size
     expected = 8 * (projections + attention) + 2 * b * s * width * oracles.VOCAB
     tables = 2 * s * size // 2  # of rotary positions: a product in some versions of transformers
-    assert flops(captured("llama")[1]).subs({"b": b, "s": s}) - expected in (0, tables)
+    assert flops(captured("llama", "full")[1]).subs({"b": b, "s": s}) - expected in (0, tables)
 
 
 @pytest.mark.slow
@@ -126,7 +118,7 @@ def test_windows_are_not_counted_beyond_their_width() -> None:
     b, s, heads, size = 2, 10, 2, 8
     every, near = (2 * b * heads * 2 * size * n for n in (s * s, s * (s + 1) // 2))
     window = 2 * b * heads * 2 * size * sum(min(i + 1, oracles.WINDOW) for i in range(s))
-    program = captured("hybrid")[1]
+    program = captured("hybrid", "full")[1]
     found = flops(program, masked=False) - flops(program)
     assert found.subs({"b": b, "s": s}) == 4 * (every - near) + 4 * (every - window)
 
@@ -178,7 +170,7 @@ def test_sets_whose_size_the_data_decide_are_symbols() -> None:
 
     Sequences of unequal depth run packed: attention is padded to the longest, all else are the tokens themselves.
     """
-    program = run_recipe(captured("llama")[1], recipe_of("mor_token", {"std": 1.0}))[0]
+    program = run_recipe(captured("llama", "full")[1], recipe_of("mor_token", {"std": 1.0}))[0]
     module = lower(program).eval()
     inputs = oracles.inputs_of("llama", torch.ones(BATCH, LENGTH, dtype=torch.bool))
     expected = counted(module, inputs)
