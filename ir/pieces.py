@@ -74,6 +74,8 @@ def pieces_of(layer: Block, crossed: Block) -> Pieces | None:
 def _pieces(layer: Block, crossed: Block) -> Pieces | None:
     body, moving, labels = crossed.body, analyse(crossed).moving, analyse(crossed).labels
     state, *memory = body.placeholders_of("value")[: crossed.carries]
+    if not _extends(layer.body, body, crossed.carries):
+        return None
     for before, after in _joins(layer, crossed, frozenset(memory)):
         front, rest = _nodes(crossed, [before], {state}), _nodes(crossed, [body.results[0]], {after})
         late = rest | _nodes(crossed, [after], {before, *memory})
@@ -89,6 +91,14 @@ def _pieces(layer: Block, crossed: Block) -> Pieces | None:
             after,
         )
     return None
+
+
+def _extends(less: Body, more: Body, carries: int) -> bool:
+    """Whether a body takes what another one does, in its order, and more behind it; of states also in front."""
+    values, others = less.inputs_of("value"), more.inputs_of("value")
+    kinds: tuple[InputKind, ...] = ("param", "const")
+    same = all(more.inputs_of(kind)[: len(less.inputs_of(kind))] == less.inputs_of(kind) for kind in kinds)
+    return same and values[:1] == others[:1] and values[1:] == others[carries : carries + len(values) - 1]
 
 
 def _joins(layer: Block, crossed: Block, memory: frozenset[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:

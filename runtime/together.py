@@ -117,15 +117,16 @@ class FixedTogether(Sections, FixedAlone):
 
     def _together(self, piece: Piece, depth: Sequence[tuple[str, Call]], number: int, port: int) -> Cache | None:
         """What a port keeps in all sections, which they give away."""
-        found = []
+        found: list[Cache | None] = []
         for section, (site, call) in enumerate(depth):
             kept, at = self._kept(call, self.program.blocks[call.block], site), piece.ports[number] if section else port
             found.append(kept[at])
             self.static[site][at] = None
-        if any(cache is None for cache in found):
+        caches = [cache for cache in found if cache is not None]
+        if len(caches) < len(depth):
             return None
         layouts = cached_of(piece.block)[number]
-        return tuple(torch.cat(same, c.batch or 0) for c, *same in zip(layouts, *found, strict=True))  # type: ignore
+        return tuple(torch.cat(own, c.batch or 0) for c, own in zip(layouts, zip(*caches, strict=True), strict=True))
 
     def _run_piece(
         self,
