@@ -28,6 +28,8 @@ from .routed import captured
 from .test_tie import smollm
 
 BATCH, LENGTH = 3, 11
+REAL = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+REAL[0, :2] = False
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "identity": ("identity", {}),
     "tie": ("tie", {}),
@@ -62,10 +64,10 @@ PAIRS = [(k, r) for i, k in enumerate(oracles.KINDS) for j, r in enumerate(RECIP
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "recipe"), PAIRS)
 def test_closed_form_counts_what_runs(kind: str, recipe: str) -> None:
-    program = run_recipe(captured(kind, "full")[1], recipe_of(*RECIPES[recipe]))[0]
+    program = run_recipe(captured(kind, "padded")[1], recipe_of(*RECIPES[recipe]))[0]
     module = lower(program).eval()
     module.selection = "training"
-    inputs = oracles.inputs_of(kind, torch.ones(BATCH, LENGTH, dtype=torch.bool))
+    inputs = oracles.inputs_of(kind, REAL)
     sizes = program.signature.size_values(program.signature.flatten((), inputs))
     assert flops(program, masked=False).subs(sizes) == counted(module, inputs)
 
@@ -83,9 +85,9 @@ KEEPING = {"mor_token": ("mor_token", {}), "mor of all tokens": ("mor", {"capaci
 )
 def test_parameters_and_caches_are_exact(kind: str, recipe: str) -> None:
     """What a module holds, and what attention keeps after a prompt: to the byte."""
-    program = run_recipe(captured(kind, "full")[1], recipe_of(*KEEPING[recipe]))[0]
+    program = run_recipe(captured(kind, "padded")[1], recipe_of(*KEEPING[recipe]))[0]
     module = lower(program).eval()
-    inputs = oracles.inputs_of(kind, torch.ones(BATCH, LENGTH, dtype=torch.bool))
+    inputs = oracles.inputs_of(kind, REAL)
     cost, sets = cost_of(program, selection="inference"), []
     assert cost.parameters == sum(p.numel() for p in module.parameters())
     assert cost.parameter_bytes == sum(p.numel() * p.element_size() for p in module.parameters())

@@ -90,7 +90,7 @@ def agree(case: Case) -> None:
 
 
 OTHERS = [kind for kind in oracles.KINDS if kind != "llama"]
-EVERY = [*OTHERS, *oracles.ENCODERS]
+EVERY = [*OTHERS, "encoder"]
 SCORES = ["norm", "last", "input_ids"]
 
 
@@ -109,7 +109,13 @@ def test_packed_rows(per: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "nested"), [(kind, bool(at % 2)) for at, kind in enumerate(EVERY)])
+@pytest.mark.parametrize(
+    ("kind", "nested"),
+    [
+        *((kind, bool(at % 2)) for at, kind in enumerate(EVERY)),
+        pytest.param("relative_encoder", False, marks=pytest.mark.thorough),
+    ],
+)
 def test_other_architectures(kind: str, nested: bool) -> None:
     agree(Case(kind, "padded", nested=nested))
 

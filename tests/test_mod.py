@@ -108,7 +108,7 @@ def agree(case: Case, backward: bool = True) -> None:
 
 
 OTHERS = [kind for kind in oracles.KINDS if kind != "llama"]
-EVERY = [*OTHERS, *oracles.ENCODERS]
+EVERY = [*OTHERS, "encoder", pytest.param("relative_encoder", marks=pytest.mark.thorough)]
 DECIDERS = pytest.mark.parametrize("predictor", [False, True], ids=["router", "predictor"])
 
 

@@ -112,7 +112,7 @@ KV = ("recursion", "share_first", "update")
 
 
 OTHERS = [kind for kind in oracles.KINDS if kind != "llama"]
-EVERY = [*OTHERS, *oracles.ENCODERS]
+EVERY = [*OTHERS, "encoder"]
 
 
 @pytest.mark.parametrize("rows", ["full", "padded"])
@@ -127,6 +127,7 @@ def test_top_k_is_the_oracle(kv: str, rows: str) -> None:
     [
         *((kind, kv, "padded") for kind in EVERY for kv in KV if kv != "update" or kind == "parallel"),
         *(pytest.param(kind, "recursion", "full", marks=pytest.mark.thorough) for kind in EVERY),
+        pytest.param("relative_encoder", "recursion", "padded", marks=pytest.mark.thorough),
     ],
 )
 def test_top_k_on_other_architectures(kind: str, kv: str, rows: str) -> None:

@@ -58,7 +58,7 @@ def check(spec: Spec) -> None:
 
 @pytest.mark.slow
 @given(specs())
-@settings(max_examples=5)
+@settings(max_examples=3)
 def test_random_stack(spec: Spec) -> None:
     check(spec)
 

@@ -24,7 +24,7 @@ from .models import Spec, Stacked, ids, seeded, stack_program
 from .routed import BACKWARD, FORWARD, ROWS, captured, changed_last, documents_of, logits_of, weighted
 
 EVERY = (*oracles.KINDS, QK_NORM)
-OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in EVERY if kind != "llama"]
+OTHERS = [pytest.param(k, marks=pytest.mark.thorough if k == QK_NORM else pytest.mark.slow) for k in EVERY[1:]]
 ALL = ["llama", *OTHERS]
 CHEAP = ("post_norm", "parallel")  # the kinds that CI takes where others show the same
 SOME = ["llama", *(pytest.param(k, marks=pytest.mark.slow if k in CHEAP else pytest.mark.thorough) for k in EVERY[1:])]
@@ -258,7 +258,7 @@ def test_stacks_that_do_not_divide() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", oracles.ENCODERS)
+@pytest.mark.parametrize("kind", ["encoder", pytest.param("relative_encoder", marks=pytest.mark.thorough)])
 def test_encoders_are_refused(kind: str) -> None:
     with pytest.raises(RecipeError, match="as in an encoder"):
         run_recipe(captured(kind, "full")[1], recipe_of(Stagger(), {}))

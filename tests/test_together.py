@@ -29,9 +29,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def begun(kind: str, rows: str) -> dict[str, Tensor]:
+    """The arguments of the sequences that have begun within the prompt."""
+    return {name: value[ROWS[rows][:, :PROMPT].any(1)] for name, value in captured(kind, rows)[2].items()}
+
+
 def decoder_of(kind: str, rows: str, module: DepthModule, **options: Any) -> tuple[Decoder, str]:
     """A decoder of the first tokens, and the argument that takes them."""
-    (tokens, fixed), name = split(kind, captured(kind, rows)[2]), oracles.token_input(kind)
+    (tokens, fixed), name = split(kind, begun(kind, rows)), oracles.token_input(kind)
     masks = {n: v[:, :PROMPT] for n, v in tokens.items() if n != name}
     prompt = tokens[name][:, :PROMPT]
     return Decoder(module.program, prompt, LENGTH, argument=name, arguments=fixed | masks, **options), name
@@ -41,17 +46,18 @@ def steps_of(kind: str, rows: str, module: DepthModule, **options: Any) -> tuple
     """Logits behind the prompt, and at further tokens."""
     with Wide():
         decoder, name = decoder_of(kind, rows, module, **options)
-        tokens, found = captured(kind, rows)[2][name], [decoder.logits]
+        tokens, found = begun(kind, rows)[name], [decoder.logits]
         for t in range(PROMPT, LENGTH):
             found.append(decoder.step(tokens[:, t : t + 1]))
     return torch.stack(found, 1), decoder
 
 
 def assert_as_the_whole(kind: str, rows: str, **options: Any) -> None:
-    module, inputs = compiled(kind, rows, **options), captured(kind, rows)[2]
+    module, inputs = compiled(kind, rows, **options), begun(kind, rows)
     found, decoder = steps_of(kind, rows, module)
     assert decoder.together
-    assert (found - full(module, inputs)[:, PROMPT - 1 :])[ROWS[rows][:, PROMPT - 1 :]].abs().max() < FORWARD
+    real = ROWS[rows][ROWS[rows][:, :PROMPT].any(1), PROMPT - 1 :]
+    assert (found - full(module, inputs)[:, PROMPT - 1 :])[real].abs().max() < FORWARD
     branches, other = steps_of(kind, rows, module, together=False)
     assert not other.together
     assert (found - branches).abs().max() < FORWARD

@@ -118,13 +118,17 @@ class _Cutter:
         return seen
 
     def _projected(self) -> set[fx.Node]:
-        """Nodes behind a product with a parameter: before it there is only the carry under another name."""
+        """Nodes all of which is behind a product with a parameter: else there is the carry under another name.
+
+        A residual sum is such a name: what attention adds to the carry does not make it a projection.
+        """
         found: set[fx.Node] = set()
         for node in self.axes.block.body.nodes:
             if node in self.members:
                 inputs = node.all_input_nodes
                 product = op_name(node) in PRODUCTS and any(n not in self.among for n in inputs)
-                if product or node in self.stops or any(n in found for n in inputs):
+                sources = self._sources(node)
+                if product or node in self.stops or (sources and all(n in found for n in sources)):
                     found.add(node)
         return found or set(self.members)
 
