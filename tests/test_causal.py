@@ -163,7 +163,7 @@ def test_step_by_step() -> None:
     torch.testing.assert_close(torch.cat(rows, 1), logits(program.run(**kwargs)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_modules_are_told_unless_nothing_was_rewritten() -> None:
     model, _, kwargs = captured("llama")
     assert "True, scale" in str(depthc.compile(model, "tie", kwargs=kwargs, loops=2).program)

@@ -165,7 +165,7 @@ def test_compiled_is_evaluate(
         assert any("router" in name for name in expected)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++")), reason="there is no C++ compiler")
 def test_inductor_is_eager() -> None:
     """In fp32: attention in fp64 is beyond the Inductor of torch 2.11. Few graphs: each takes seconds."""
@@ -194,7 +194,7 @@ LENGTHS = (6, 9, 11, 14)
 DEEPER = 32
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_graphs_of_tied_layers_do_not_grow_with_depth() -> None:
     """One a body at the first length, at most one more each, with symbolic sizes, at the second; then no more."""
     shallow, deep = (lowered(program_of("tokens", n), "tie", {"loops": n}).train() for n in (8, DEEPER))

@@ -122,10 +122,10 @@ def test_every_head_size_has_a_plan(features: int, width: int) -> None:
     assert plan_of(features, 2) == PLANS[2, max(64, width)]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_compiler
 @pytest.mark.parametrize("features", [64, 128])
-@pytest.mark.parametrize("window", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.parametrize("window", [False, True])
 @pytest.mark.parametrize("name", ["forward", "queries", "keys"])
 def test_kernels_compile_for_hopper(name: str, window: bool, features: int) -> None:
     """Products on tensor cores, loads in 16 bytes, hardly anything spilled, in the shared memory that there is."""

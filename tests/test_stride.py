@@ -107,7 +107,7 @@ def test_encoders(kind: str, rows: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "hybrid"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("hybrid", marks=pytest.mark.thorough)])
 def test_anchors_begin_anew_with_every_document(kind: str) -> None:
     agree(kind, "packed")
 

@@ -259,7 +259,7 @@ def test_rows_under_autocast_are_evaluate() -> None:
                 assert torch.equal(module(ids(2, 9)), run(module.program, (ids(2, 9),), {}, training=True))
 
 
-@pytest.mark.parametrize("kind", ["post_norm", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["post_norm", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_bf16_errs_as_the_model_does(kind: str) -> None:
     """Against the oracle in fp64 on the same bf16 weights: output, loss and gradients."""
     model = oracles.build(kind, layers=5).bfloat16()

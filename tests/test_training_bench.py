@@ -280,7 +280,7 @@ def experiment(tmp_path: Path, data: bytes) -> Experiment:
     return Experiment(results, corpus.split(data), options, Console(file=io.StringIO()))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.usefixtures("one_capture")
 def test_a_call_that_is_out_of_time_is_gone_on_with(
     tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch

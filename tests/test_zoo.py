@@ -21,7 +21,16 @@ from depthc.ir.tokens import TokenSet
 from .models import Hybrid, Spec, Stacked, ids, seeded
 from .optional import rest_needs_torch_mlir
 
-ALIKE = {"bart", "bloom", "falcon", "gemma2", "deepseek_v2", "olmoe"}  # parts of which other rows have
+ALIKE = {
+    "bart",
+    "bloom",
+    "falcon",
+    "gemma2",
+    "deepseek_v2",
+    "olmoe",
+    "nanogpt",
+    "bert",
+}  # parts of which other rows have
 
 
 @pytest.mark.slow
@@ -70,7 +79,9 @@ RECIPES = pytest.mark.parametrize("check", [zoo_recipes.mor, zoo_recipes.mor_tok
 
 
 @pytest.mark.parametrize("check", [zoo_recipes.mor, zoo_recipes.mor_token])
-@pytest.mark.parametrize(("depth", "title"), [(2, "cycle x2"), (3, "cycle x3"), (5, "middle_cycle x3")])
+@pytest.mark.parametrize(
+    ("depth", "title"), [(2, "cycle x2"), (3, "cycle x3"), pytest.param(5, "middle_cycle x3", marks=pytest.mark.slow)]
+)
 def test_loops_follow_the_depth(check: Callable[..., str], depth: int, title: str) -> None:
     assert run(check, stack(depth)).startswith(f"{title}, identity ")
 
