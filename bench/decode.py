@@ -28,14 +28,14 @@ from torch import nn
 
 import depthc
 
-VARIANTS = {
-    "original": "identity",
-    "separate, window 128": "stagger(window=128)",
-    "separate": "stagger()",
-    "shared, window 128": "stagger(shared=True, window=128)",
-    "shared": "stagger(shared=True)",
-    "shared, branches, window 128": "stagger(shared=True, window=128)",
-    "recurrent, window 128": "stagger(shared=True, window=128)",
+VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {  # a recipe, and options of the decoder
+    "original": ("identity", {}),
+    "separate, window 128": ("stagger(window=128)", {}),
+    "separate": ("stagger()", {}),
+    "shared, window 128": ("stagger(shared=True, window=128)", {}),
+    "shared": ("stagger(shared=True)", {}),
+    "shared, window 128, branches": ("stagger(shared=True, window=128)", {"together": False}),
+    "recurrent, window 128": ("stagger(shared=True, window=128)", {"recurrent": True}),
 }
 FASTEST = ("separate, window 128",)
 WIDTHS = {960: Sizes(960, 15, 5, 2560), 2048: Sizes(2048, 16, 8, 5632)}
@@ -97,14 +97,14 @@ def measure(row: Row, place: Place) -> dict[str, Any]:
     with torch.device(place.device):
         model = llama(row).to(torch.bfloat16).eval()
         prompt, example = (torch.randint(VOCABULARY, shape) for shape in ((row.batch, row.context), (2, 9)))
+    program = depthc.capture(model, kwargs={"input_ids": example})
     sections: dict[str, tuple[int, ...]] = {}
     floors: dict[str, float] = {}
 
     def made(name: str) -> Ready:
-        module = depthc.compile(model, VARIANTS[name], kwargs={"input_ids": example}).eval()
-        decoder = depthc.Decoder(
-            module, prompt, row.context + 1, compile=place.cuda, recurrent=name.startswith("recurrent")
-        )
+        recipe, options = VARIANTS[name]
+        module = depthc.compile(program, recipe).eval()
+        decoder = depthc.Decoder(module, prompt, row.context + 1, compile=place.cuda, **options)
         sections[name] = decoder.sections
         moved = sum(p.numel() * p.element_size() for p in module.parameters()) + decoder.cache_bytes
         floors[name] = moved / BYTES

@@ -110,13 +110,9 @@ class Decoder:
         self._run_rows = RowsLowering(compiler)
         self._rings, self._hoisted = compiler(partial(rings_at, self._ring_sizes())), Hoisted(slots.tokens)
         self._graph: torch.cuda.CUDAGraph | None = None
-        last = last_stack(self.program) if recurrent else None
-        self._sections = _side_by_side(self.program)
-        self.sections = tuple(section.depth for section in self._sections[1]) if self._sections else ()
-        self.together = together and self._sections is not None and runs_together(self.program, self._sections[1])
-        in_sections = FixedTogether if self.together and not recurrent else FixedSections
-        self._new_steps: Callable[..., Fixed] = partial(in_sections, *self._sections) if self._sections else Fixed
         self._repeated: dict[str, Tensor] = {}
+        last = last_stack(self.program) if recurrent else None
+        self._new_steps = self._steps_of_sections(together and not recurrent)
         self._streams = [torch.cuda.Stream() for _ in (0, *self.sections)] if prompt.is_cuda else []
         if self._past.length < self.place:
             self._require_agreement()
@@ -160,6 +156,16 @@ class Decoder:
         """Bytes of all caches."""
         held = [t for caches in self._caches.values() for cache in caches for t in cache or ()]
         return sum(t.numel() * t.element_size() for t in held)
+
+    def _steps_of_sections(self, together: bool) -> Callable[..., Fixed]:
+        """What evaluates a step: section by section, where there are some."""
+        found = _side_by_side(self.program)
+        if found is None:
+            self.sections, self.together = tuple[int, ...](), False
+            return Fixed
+        self.sections = tuple(section.depth for section in found[1])
+        self.together = together and runs_together(self.program, found[1])
+        return partial(FixedTogether if self.together else FixedSections, *found)
 
     def _read(self, prompt: Tensor, slots: Slots, others: Mapping[str, Any]) -> tuple[Tensor, Past]:
         """The logits behind a prompt, and the past of all its tokens but the last, which a step is tried with.

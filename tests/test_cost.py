@@ -124,7 +124,7 @@ def test_masked_pairs_are_not_counted() -> None:
     assert flops(captured("llama", "full")[1]).subs({"b": b, "s": s}) - expected in (0, tables)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_windows_are_not_counted_beyond_their_width() -> None:
     """Every other layer of the hybrid attends to a window."""
     b, s, heads, size = 2, 10, 2, 8

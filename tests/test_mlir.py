@@ -455,7 +455,7 @@ def test_what_stands_for_an_op_is_the_op() -> None:
     assert_native(depthc.parse(REPLACED), *inputs)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_native_code_of_routed_programs() -> None:
     program = stacked(depth=4, attention=("masked",), sides=("rotary",), norm="rms", mlp="swiglu")
     recursions = {"loops": 2, "sharing": "cycle"}

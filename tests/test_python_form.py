@@ -126,7 +126,7 @@ def inputs_of(kind: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", oracles.KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.thorough] * (k == "moe")) for k in oracles.KINDS])
 def test_architectures(kind: str) -> None:
     """Layers of two kinds cannot be tied here."""
     made, inputs = program_of(kind), inputs_of(kind)

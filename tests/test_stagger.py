@@ -184,9 +184,9 @@ def test_a_lag_beyond_the_row_adds_nothing_and_no_nan(kind: str) -> None:
     "spec",
     [
         Spec(depth=4, attention=("causal",)),
-        Spec(depth=4, attention=("plain",)),
+        pytest.param(Spec(depth=4, attention=("plain",)), marks=pytest.mark.thorough),
         Spec(depth=4, attention=("grouped", "masked"), residual="sandwich", mlp="swiglu", norm="rms"),
-        Spec(depth=4, attention=("plain",), residual="post", sides=("rotary",)),
+        pytest.param(Spec(depth=4, attention=("plain",), residual="post", sides=("rotary",)), marks=pytest.mark.slow),
         Spec(depth=4, attention=("masked",), sides=("rotary", "window"), scaled=True),
         Spec(depth=4, attention=("causal",), residual="parallel"),
     ],

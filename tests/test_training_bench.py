@@ -330,7 +330,7 @@ def test_a_run_that_does_not_fit_is_not_begun_and_one_that_fails_is_a_result(
     assert "Runs that failed:" in pages_training.training(one.results.report)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.usefixtures("one_capture")
 def test_every_variant_in_small(tmp_path: Path, data: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "corpus.bin"

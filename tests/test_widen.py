@@ -110,7 +110,7 @@ def test_untrained_it_is_the_model(options: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper", "wide", pytest.param("gemma", marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("kind", ["llama", "post_norm", "moe"])
+@pytest.mark.parametrize("kind", ["llama", "post_norm", pytest.param("moe", marks=pytest.mark.thorough)])
 def test_step_by_step(kind: str, name: str) -> None:
     module, inputs = widened(kind, **SETTINGS[name]), captured(kind, "full")[2]
     with Wide(), torch.no_grad():

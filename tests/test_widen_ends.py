@@ -111,7 +111,7 @@ def test_of_two_tables_that_arguments_index_it_is_that_with_a_row_a_logit() -> N
 @pytest.mark.parametrize("kind", ["llama", "encoder_decoder"])
 def test_state_map_and_weights_of_the_original(kind: str) -> None:
     """The map names the weights that the wide ones are made of, and takes another checkpoint of the same model."""
-    _, program, inputs = captured(kind, "full")
+    _, program, inputs = captured(kind, "padded")
     other = oracles.build(kind, seed=5)
     with Wide():
         widened = run_recipe(program, WIDE)[0]
@@ -216,7 +216,7 @@ def test_refused(name: str) -> None:
     assert depthc.compile(seeded(build), "altup", args=(ids(),))  # as the remedy says
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_encoder_has_no_head() -> None:
     with pytest.raises(RecipeError, match="no head by which all goes"):
-        run_recipe(captured("relative_encoder", "full")[1], WIDE)
+        run_recipe(captured("relative_encoder", "padded")[1], WIDE)

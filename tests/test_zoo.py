@@ -21,16 +21,7 @@ from depthc.ir.tokens import TokenSet
 from .models import Hybrid, Spec, Stacked, ids, seeded
 from .optional import rest_needs_torch_mlir
 
-ALIKE = {
-    "bart",
-    "bloom",
-    "falcon",
-    "gemma2",
-    "deepseek_v2",
-    "olmoe",
-    "nanogpt",
-    "bert",
-}  # parts of which other rows have
+ALIKE = {"bart", "bloom", "falcon", "gemma2", "deepseek_v2", "olmoe", "nanogpt", "bert", "t5"}  # as other rows
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_a_training_step(name: str) -> None:
 @pytest.mark.parametrize(
     ("kv", "masked"),
     [
-        ("share_first", False),
+        pytest.param("share_first", False, marks=MORE),
         ("share_first", True),
         *(pytest.param(kv, masked, marks=MORE) for kv in ("recursion", "update") for masked in (False, True)),
     ],
@@ -122,7 +122,7 @@ def test_plans(kv: str, masked: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "masked"), [("llama", False), ("llama", True), pytest.param("olmo2", False, marks=MORE)]
+    ("name", "masked"), [*(pytest.param(name, False, marks=MORE) for name in ("llama", "olmo2")), ("llama", True)]
 )
 def test_tokens_that_choose_their_depth(name: str, masked: bool) -> None:
     """Packed rows are one batch row: the same kernels move them."""
