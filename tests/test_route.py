@@ -10,16 +10,12 @@ import depthc
 from depthc.codegen.module import DepthModule
 from depthc.ir.errors import InputError, RecipeError, RoutingError
 
-from .models import Attention, Spec, Stacked, ids, seeded, states
-
-
-def make(**spec: object) -> nn.Module:
-    return seeded(lambda: Stacked(Spec(**{"depth": 8, **spec})))  # type: ignore[arg-type]
+from .models import Attention, ids, seeded, stack_program, states
 
 
 @pytest.fixture(scope="module")
 def routed() -> DepthModule:
-    return depthc.compile(make(), "mor", args=(ids(),), std=1.0)
+    return depthc.compile(stack_program(8), "mor", std=1.0)
 
 
 @pytest.mark.parametrize(
@@ -38,13 +34,13 @@ def routed() -> DepthModule:
 )
 def test_options_that_do_not_fit(options: dict[str, object], message: str, remedy: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
-        depthc.compile(make(), "mor", args=(ids(),), **options)  # type: ignore[arg-type]
+        depthc.compile(stack_program(8), "mor", **options)  # type: ignore[arg-type]
     assert remedy in caught.value.remedy
 
 
 def test_layers_that_are_not_tied_have_no_loop() -> None:
     with pytest.raises(RecipeError, match="no loop to route") as caught:
-        depthc.compile(make(), "route", args=(ids(),))
+        depthc.compile(stack_program(8), "route")
     assert "tie" in caught.value.remedy
 
 
@@ -192,7 +188,7 @@ def test_checkpointing_changes_no_gradient(routed: DepthModule) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
 def test_bodies_compiled_once_compute_the_same() -> None:
     torch.compiler.reset()
-    module = depthc.compile(make(), "mor", args=(ids(),)).train()
+    module = depthc.compile(stack_program(8), "mor").train()
     expected = [module(ids(2, length)) for length in (8, 6)]
     module.compile(backend="eager")
     for length, whole in zip((8, 6), expected, strict=True):

@@ -80,13 +80,20 @@ def test_one_shared_layer_is_albert() -> None:
     assert {n.split(".")[2] for n in compiled.state_dict() if ".layers." in n} == {"0"}
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
-def test_equal_layers_stay_bitwise_the_model(sharing: str) -> None:
-    """The identity of tie: layers that are equal already."""
+@cache
+def alike() -> tuple[nn.Module, Program]:
+    """A model with equal layers, and its program."""
     model = seeded(lambda: Stacked(Spec(depth=6, sides=("rotary",))))
     for layer in model.layers[1:]:
         layer.load_state_dict(model.layers[0].state_dict())
-    compiled = depthc.compile(model, "tie", args=(ids(),), sharing=sharing, loops=2)
+    return model, depthc.capture(model, (ids(),))
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_equal_layers_stay_bitwise_the_model(sharing: str) -> None:
+    """The identity of tie: layers that are equal already."""
+    model, program = alike()
+    compiled = depthc.compile(program, "tie", sharing=sharing, loops=2)
     assert torch.equal(outputs(compiled, ids(3, 7)), outputs(model, ids(3, 7)))
 
 
