@@ -256,6 +256,7 @@ def test_layers_that_are_in_no_module_list() -> None:
 # each body once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "bodies"),
     [

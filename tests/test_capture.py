@@ -318,6 +318,7 @@ def test_masks_of_the_user_stay_inputs() -> None:
 # dtypes and devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
 def test_dtypes(dtype: torch.dtype) -> None:
     model = seeded(lambda: Stacked(Spec(norm="rms", sides=("rotary",), depth=2, dtype=dtype)))

@@ -143,6 +143,7 @@ def test_parameters_that_are_returned() -> None:
     captured(seeded(Shown), states())
 
 
+@pytest.mark.slow
 def test_many_sizes() -> None:
     class Wide(Chain):
         def forward(self, xs: list[Tensor]) -> Tensor:

@@ -95,6 +95,7 @@ NOT_QUITE: dict[str, Callable[[Any, int, int], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NOT_QUITE)
 def test_masks_that_say_more_stay(name: str) -> None:
     torch.manual_seed(0)
@@ -121,6 +122,7 @@ def test_other_masks_stay(name: str) -> None:
     assert flagged(program) is program
 
 
+@pytest.mark.slow
 def test_padding_stays() -> None:
     mask = torch.ones(3, 17, dtype=torch.int64)
     _, program, _ = captured("llama", attention_mask=mask)
@@ -139,6 +141,7 @@ def test_key_heads_are_shared_in_half_precision() -> None:
     assert "enable_gqa" not in str(flagged(captured("llama")[1]))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_model() -> None:
     model, program, kwargs = captured("llama", torch.float64)
     names = [name for name, _ in model.named_parameters()]
@@ -151,6 +154,7 @@ def test_gradients_are_those_of_the_model() -> None:
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_step_by_step() -> None:
     """Of new tokens behind a cache the flag is a mask again."""
     _, program, kwargs = captured("llama")

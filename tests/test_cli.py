@@ -70,6 +70,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -
     return err if status else out
 
 
+@pytest.mark.slow
 def test_show(capsys: pytest.CaptureFixture[str], factory: str) -> None:
     text = said(capsys, "show", factory)
     assert depthc.parse(text).depths == (6,)
@@ -112,6 +113,7 @@ def test_compile_and_what_it_saved(capsys: pytest.CaptureFixture[str], config: s
     assert "remedy: give the model that it was compiled from" in error
 
 
+@pytest.mark.slow
 def test_bisect(capsys: pytest.CaptureFixture[str], factory: str) -> None:
     assert "first to differ: 2. tie()" in said(capsys, "bisect", factory, "loop() | tie()")
     found = json.loads(said(capsys, "bisect", factory, "loop()", "--json"))

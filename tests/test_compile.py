@@ -135,6 +135,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "part", "training", "kind"), CASES)
 def test_compiled_is_evaluate(
     recipe: str, part: str, training: bool, kind: str, monkeypatch: pytest.MonkeyPatch

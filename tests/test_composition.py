@@ -139,6 +139,7 @@ def both(
     return torch.stack(found)
 
 
+@pytest.mark.slow
 def test_widened_stacks_are_still_side_by_side() -> None:
     program = depthc.compile(stack_program(4), "stagformer | widen()").program
     assert [section.depth for section in sections_of(program, program.stacks[-1])] == [2, 2]
@@ -155,6 +156,7 @@ def assert_whole(one: Composition, *equals: str) -> None:
     assert set(equals) <= set(row["equals"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "equals"),
     [

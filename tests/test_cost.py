@@ -157,6 +157,7 @@ def test_pairs_are_those_of_the_relation(factors: tuple[Factor, ...]) -> None:
         assert closed.subs(s, length) == int(product(factors, length, length).sum()), length
 
 
+@pytest.mark.slow
 def test_operations_fall_as_capacities_say() -> None:
     """One layer of three recursions: its share of the rows, and the square of it in attention."""
     program = depthc.capture(seeded(lambda: Stacked(Spec(depth=3))), (ids(),))
@@ -177,6 +178,7 @@ def test_operations_fall_as_capacities_say() -> None:
     assert third - head == each + linear / 2 + attention / 4 + linear / 4 + attention / 16
 
 
+@pytest.mark.slow
 def test_sets_whose_size_the_data_decide_are_symbols() -> None:
     """Of token choice, one for every recursion: the tokens of a sequence that are as deep.
 

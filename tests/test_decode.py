@@ -91,6 +91,7 @@ def test_applications_of_a_shared_block() -> None:
         torch.testing.assert_close(decoder.step(tokens[:, at : at + 1]), expected[:, at], rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "sections"),
     [
@@ -132,6 +133,7 @@ def staggered(recipe: str, tokens: Tensor) -> Program:
     return module.program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WINDOWED)
 def test_windows_are_rings(name: str) -> None:
     """Through the whole ring; with a prompt that fills it, and one that does not."""
@@ -163,6 +165,7 @@ class Ops(TorchDispatchMode):
         return made
 
 
+@pytest.mark.slow
 def test_what_a_token_does_not_change_is_made_once() -> None:
     """No step makes a rotary table or a mask of all pairs, or copies a cache."""
     torch.manual_seed(0)
@@ -177,6 +180,7 @@ def test_what_a_token_does_not_change_is_made_once() -> None:
     assert max(size for name, size in ops.seen if name in ("ge", "lt", "bitwise_and", "cat")) < 64 * 64
 
 
+@pytest.mark.slow
 def test_the_last_stack_alone() -> None:
     torch.manual_seed(0)
     tokens = torch.randint(97, (2, 24))

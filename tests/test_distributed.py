@@ -80,6 +80,7 @@ def own_bytes(name: str, number: int) -> int:
 # the plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_part_is_the_layers_of_a_section_and_what_they_read(name: str) -> None:
     parts = split(compiled(name).program).parts

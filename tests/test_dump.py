@@ -60,6 +60,7 @@ def own_passes() -> list[str]:
     return sorted(name for name, kind in PASSES.items() if kind.__module__.startswith("depthc.passes."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", own_passes())
 def test_golden_dump_of_every_pass(name: str, model: nn.Module) -> None:
     """`DEPTHC_GOLDEN=write pytest tests/test_dump.py` writes them anew."""

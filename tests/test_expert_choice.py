@@ -34,6 +34,7 @@ def counts(module: DepthModule) -> list[int]:
     return [int(route.chosen[0].sum()) for route in aux.routes]
 
 
+@pytest.mark.slow
 def test_capacities_warm_up_along_a_cosine_in_stages() -> None:
     module = make(warmup=320).train()
     assert counts(module) == [16, 16, 16]

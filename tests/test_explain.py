@@ -25,6 +25,7 @@ def model() -> nn.Module:
     return seeded(lambda: Stacked(Spec(depth=6)))
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_compiled_module(model: nn.Module) -> None:
     found = depthc.explain(model, "mor", (ids(),), loops=2)
     compiled = depthc.compile(model, "mor", (ids(),), loops=2)
@@ -39,6 +40,7 @@ def test_figures_are_those_of_the_compiled_module(model: nn.Module) -> None:
     assert figures["sizes"] == SIZES
 
 
+@pytest.mark.slow
 def test_capacities_and_sets_may_be_given(model: nn.Module) -> None:
     cost = depthc.explain(model, "mor", (ids(),), loops=2).stages[-1].cost
     half, quarter = cost.at(**SIZES), cost.at(**SIZES, c_chosen_1=0.25)
@@ -52,6 +54,7 @@ def test_capacities_and_sets_may_be_given(model: nn.Module) -> None:
     assert fewer.flops < most.flops
 
 
+@pytest.mark.slow
 def test_tables_are_for_people(model: nn.Module) -> None:
     text = str(depthc.explain(model, "mor_token", (ids(),), loops=2))
     assert text.startswith('Stacked | tie(sharing="middle_cycle") | tokenchoice()\n1. tie(')
@@ -59,6 +62,7 @@ def test_tables_are_for_people(model: nn.Module) -> None:
     assert "at most: how many tokens are chosen, only the data decide" in text
 
 
+@pytest.mark.slow
 def test_no_weights_are_needed() -> None:
     with torch.device("meta"):
         model = Stacked(Spec(depth=6)).eval()
@@ -67,6 +71,7 @@ def test_no_weights_are_needed() -> None:
     assert found.figures()["after"]["parameters"] < found.figures()["before"]["parameters"]
 
 
+@pytest.mark.slow
 def test_bad_sizes_and_recipes_are_refused(model: nn.Module) -> None:
     found = depthc.explain(model, "tie", (ids(),))
     with pytest.raises(InputError, match=r"no size 'length'[\s\S]*expected: b, s[\s\S]*remedy: use"):
@@ -106,6 +111,7 @@ class Liar(Pass):
 del PASSES["harmless"], PASSES["liar"]  # the tests of recipes count passes
 
 
+@pytest.mark.slow
 def test_the_pass_that_changes_the_result_is_named(model: nn.Module) -> None:
     found = depthc.bisect(model, Harmless() | Liar() | Harmless(), (ids(),))
     assert [d.largest > 0 for d in found.differences] == [False, True, False]
@@ -114,12 +120,14 @@ def test_the_pass_that_changes_the_result_is_named(model: nn.Module) -> None:
     assert depthc.bisect(model, Liar(), (ids(),), tolerance=1e9).first is None
 
 
+@pytest.mark.slow
 def test_results_that_are_no_numbers_differ(model: nn.Module) -> None:
     found = depthc.bisect(model, Liar("normal(nan)"), (ids(),))
     assert found.first is not None
     assert found.first.largest == float("inf")
 
 
+@pytest.mark.slow
 def test_a_pass_that_may_change_results_is_not_blamed(model: nn.Module) -> None:
     found = depthc.bisect(model, "loop() | tie()", (ids(),))
     assert [d.title for d in found.differences] == ["loop()", "tie()"]
@@ -130,6 +138,7 @@ def test_a_pass_that_may_change_results_is_not_blamed(model: nn.Module) -> None:
     assert str(skipped) == "1. loop(): 0\nno pass differs (tolerance 1e-05)"
 
 
+@pytest.mark.slow
 def test_bisect_needs_weights() -> None:
     with torch.device("meta"):
         model = Stacked(Spec(depth=4)).eval()

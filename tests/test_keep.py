@@ -213,6 +213,7 @@ class Weighed(nn.Module):
         return self.stack(ids)
 
 
+@pytest.mark.slow
 def test_an_argument_that_the_model_does_not_read() -> None:
     model, importance = seeded(Weighed), torch.tensor([[5, 1, 4, 2, 3], [1, 2, 3, 4, 5]])
     keep = Keep((0.4, 1.0), score="importance")

@@ -94,6 +94,7 @@ def test_state_dict_may_be_assigned(compiled: nn.Module) -> None:
     assert_same(outputs(mine, ids()), outputs(other, ids()))
 
 
+@pytest.mark.slow
 def test_meta_module_is_filled_by_a_state_dict(model: nn.Module) -> None:
     with torch.device("meta"):
         empty = Stacked(SPEC)
@@ -123,6 +124,7 @@ def test_moving_to_another_device(compiled: nn.Module) -> None:
     assert moved(ids().to("meta"))["logits"].shape == (2, 5, 13)
 
 
+@pytest.mark.slow
 def test_training_step(model: nn.Module) -> None:
     modules = [copy.deepcopy(model), depthc.compile(copy.deepcopy(model), args=(ids(),))]
     for module in modules:
@@ -171,6 +173,7 @@ def _backward(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_torch_compile(model: nn.Module, compiled: nn.Module, backend: str) -> None:
     torch.compiler.reset()
@@ -188,6 +191,7 @@ def test_exported_again(compiled: nn.Module) -> None:
     assert_same(outputs(exported, ids()), outputs(compiled, ids()))
 
 
+@pytest.mark.slow
 def test_captured_again(compiled: nn.Module) -> None:
     again = depthc.capture(compiled, (ids(),))
     assert again.depths == (4,)

@@ -137,6 +137,7 @@ def test_every_op_over_the_keys_is_asked(attend: Callable[..., Tensor]) -> None:
     assert found([causal, causal], attend=attend) == ["full"] * 2
 
 
+@pytest.mark.slow
 def test_masks_of_sizes_alone() -> None:
     assert found([*BOOL_MASKS.values()]) == [name.strip() for name in BOOL_MASKS]
 
@@ -149,6 +150,7 @@ ADDED_MASKS: dict[str, MaskFunction] = {
 }
 
 
+@pytest.mark.slow
 def test_masks_that_are_added() -> None:
     extra = torch.ones(3, LENGTH, dtype=torch.long)
     assert found([*ADDED_MASKS.values()] * 2, extra, attend=added) == [*ADDED_MASKS] * 2
@@ -169,6 +171,7 @@ DATA: dict[str, MaskFunction] = {
 }
 
 
+@pytest.mark.slow
 def test_masks_of_an_argument() -> None:
     extra = torch.ones(3, LENGTH, dtype=torch.long)
     masks = [lambda x, e, m=mask: m(x, e)[:, None] for mask in DATA.values()]
@@ -185,6 +188,7 @@ def test_a_mask_that_is_handed_through() -> None:
     assert found([lambda x, e: e] * 2, given) == ["tensor(extra)"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "attend", "expected"),
     [
@@ -252,6 +256,7 @@ def transformers_model(family: str, **options: Any) -> nn.Module:
 tokens = torch.arange(3, 30).reshape(3, 9)
 
 
+@pytest.mark.slow
 def test_mistral_has_a_window_and_padding() -> None:
     padding = torch.ones_like(tokens)
     padding[0, :3] = 0
@@ -262,6 +267,7 @@ def test_mistral_has_a_window_and_padding() -> None:
     assert {(p.size, p.start) for p in positions_of(program)} == {("s", 0)}
 
 
+@pytest.mark.slow
 def test_packed_llama_has_documents() -> None:
     place = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]).expand(3, -1).clone()
     program = depthc.capture(transformers_model("LlamaModel"), (), {"input_ids": tokens, "position_ids": place})

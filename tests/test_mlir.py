@@ -241,6 +241,7 @@ def repeated(program: Program, count: Any = 3, **options: Any) -> Program:
     return replace(program, body=tuple(Stack("layers", (loop,)) if item is stack else item for item in program.body))
 
 
+@pytest.mark.slow
 def test_native_code_is_the_program_at_any_size() -> None:
     run = native(small(), optimize=0)
     for args in ((ids(2, 5),), (ids(1, 9),), (ids(4, 1 + 1),)):

@@ -209,6 +209,7 @@ def test_text_reads_back() -> None:
 # causality
 
 
+@pytest.mark.slow
 @DECIDERS
 def test_a_later_token_changes_nothing_before_it(predictor: bool) -> None:
     case = Case("llama", causal=True, predictor=predictor)
@@ -246,6 +247,7 @@ def test_generate_continues_with_the_causal_rule() -> None:
     assert torch.equal(depthc.generate(compiled, ids(2, 4), 4), sequence)
 
 
+@pytest.mark.slow
 def test_any_length_and_one_token() -> None:
     model = oracles.build("post_norm")
     compiled = depthc.compile(model, Mod(capacity=0.3), kwargs=oracles.inputs_of("post_norm", ROWS["full"])).train()

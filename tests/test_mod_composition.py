@@ -38,7 +38,7 @@ def test_after_tie_every_application_has_a_router() -> None:
 
 @pytest.mark.slow
 def test_two_stacks_have_routers_of_their_own() -> None:
-    _, program, inputs = captured("encoder_decoder", "full")
+    _, program, inputs = captured("encoder_decoder", "padded")
     both = run_recipe(program, recipe_of("mod(stack=0) | mod(stack=1, seed=9)", {}))[0]
     new = set(both.params) - set(program.params)
     assert new == {f"depth.{group}.router.weight" for group in ("mod.1", *(f"mod_1.{n}" for n in (1, 3, 5, 7)))}
@@ -46,6 +46,7 @@ def test_two_stacks_have_routers_of_their_own() -> None:
     assert [(r.loop, r.recursion) for r in aux.routes] == [("mod", 1), *(("mod_1", n) for n in (1, 3, 5, 7))]
 
 
+@pytest.mark.slow
 def test_layers_that_read_the_stream_twice() -> None:
     """The first layer reads the embeddings as its stream and beside it."""
     model = seeded(lambda: Stacked(Spec(depth=3, sides=("embeddings",))))
@@ -65,6 +66,7 @@ def test_layers_whose_results_are_returned() -> None:
         assert torch.allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_hybrids_route_the_layers_that_may_be() -> None:
     with pytest.raises(RecipeError, match="layer 3 cannot be chosen") as caught:
         depthc.compile(seeded(Hybrid), "mod", args=(ids(),))
@@ -75,6 +77,7 @@ def test_hybrids_route_the_layers_that_may_be() -> None:
     assert [r.recursion for r in compiled.train().forward_with_aux(ids())[1].routes] == [1, 4]
 
 
+@pytest.mark.slow
 def test_checkpointed_saved_and_compiled(tmp_path: Path) -> None:
     """Activations are computed again backward with the same choices; a saved module is the same; one graph holds it."""
     compiled = depthc.compile(seeded(Stacked), Mod(capacity=0.5, predictor=True, std=1.0), args=(ids(2, 9),)).train()

@@ -134,6 +134,7 @@ def test_top_k_on_other_architectures(kind: str, kv: str, rows: str) -> None:
     agree(Case(kind, rows, kv=kv))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", ["padded", "packed"])
 @pytest.mark.parametrize("kv", KV)
 def test_threshold_is_the_oracle(kv: str, rows: str) -> None:
@@ -159,6 +160,7 @@ def test_combines_and_gates(combine: str, gate: str) -> None:
     agree(Case("llama", "padded", combine=combine, gate=gate))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -248,6 +250,7 @@ def test_a_carry_that_takes_no_gradient() -> None:
         assert (a is None and b is None) or torch.equal(a, b), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", KV)
 def test_a_later_token_changes_nothing_before_it(kv: str) -> None:
     case = Case("llama", kv=kv, causal=True)
@@ -264,6 +267,7 @@ def test_a_later_token_changes_nothing_before_it(kv: str) -> None:
 STEPPED = [*(("llama", kv) for kv in KV), *((k, kv) for k in OTHERS for kv in KV if kv == KV[0] or k == "parallel")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kv"), [pytest.param(*case, marks=[] if case[0] == "llama" else pytest.mark.slow) for case in STEPPED]
 )
@@ -281,6 +285,7 @@ def test_token_by_token_is_the_whole_sequence(kind: str, kv: str) -> None:
 # identity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", KV)
 def test_everyone_without_a_gate_is_the_tied_model(kv: str) -> None:
     _, program, inputs = captured("llama", "full")

@@ -59,6 +59,7 @@ def owners(program: Program) -> list[set[str]]:
     return [{".".join(name.split(".")[:2]) for name in call.params} for call in found]
 
 
+@pytest.mark.slow
 def test_one_module_applied_several_times_is_a_loop() -> None:
     program = outlined(seeded(lambda: Stacked(Spec(shared="all", depth=4))), ids(), depths=(4,))
     (stack,) = program.stacks
@@ -75,6 +76,7 @@ def test_loop_whose_states_are_read_is_unrolled() -> None:
     assert len({call.params for call in program.stacks[0].ops if isinstance(call, Call)}) == 1
 
 
+@pytest.mark.slow
 def test_hybrid_of_three_kinds_with_a_partial_tail() -> None:
     model = seeded(lambda: Stacked(Spec(attention=("causal", "plain", "grouped"), depth=7)))
     program = outlined(model, ids(), depths=(7,))
@@ -181,6 +183,7 @@ class EncoderDecoder(nn.Module):
         return target, memory
 
 
+@pytest.mark.slow
 def test_encoder_comes_before_its_decoder() -> None:
     args = states(2, 7), states(2, 5, seed=1)
     program = outlined(seeded(EncoderDecoder), *args, depths=(2, 3))
@@ -336,6 +339,7 @@ def shuffled(traced: Trace, seed: int) -> Trace:
     return replace(traced, graph=graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "args"),
     [

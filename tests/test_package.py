@@ -70,6 +70,7 @@ def test_public_surface() -> None:
     assert sorted(depthc.__all__) == sorted(PUBLIC)
 
 
+@pytest.mark.slow
 def test_import_loads_neither_top_level_rooms_nor_optional_libraries() -> None:
     unwanted = ["ir", "passes", "codegen", "transformers", "torch_mlir", "triton"]
     loaded = in_fresh_python(f"import depthc, sys; print([m for m in {unwanted} if m in sys.modules])")

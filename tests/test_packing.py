@@ -51,6 +51,7 @@ def both(case: Case, tokens: TokenSet, h: Tensor, feeds: dict[str, Tensor], **op
     return found[0], wide[tokens.valid], kept, expected
 
 
+@pytest.mark.slow
 def test_what_is_read_by_the_sequence_cannot_be_packed() -> None:
     assert [name for name, case in legal_cases().items() if packable(case.block)] == [
         name for name in legal_cases() if name not in PADDED

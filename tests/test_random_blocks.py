@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -197,6 +198,7 @@ def check(seed: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**20))
 def test_accepted_blocks_treat_tokens_alike(seed: int) -> None:

@@ -95,6 +95,7 @@ NAMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", NAMED.values(), ids=NAMED.keys())
 def test_stack_that_was_once_missed(spec: Spec) -> None:
     check(spec)

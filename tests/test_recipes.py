@@ -47,6 +47,7 @@ def test_named_recipes_read_back(name: str) -> None:
     assert not recipe.passes or Recipe.parse(str(recipe)) == recipe
 
 
+@pytest.mark.slow
 def test_history_says_what_each_pass_did(program: Program) -> None:
     after, history = run_recipe(program, recipe_of("tie", {"loops": 2, "init": "upper"}))
     (step,) = history
@@ -113,6 +114,7 @@ def test_files_that_are_no_recipes(content: str, message: str, tmp_path: Path) -
     assert caught.value.remedy
 
 
+@pytest.mark.slow
 def test_options_of_compile_reach_the_passes() -> None:
     with pytest.raises(RecipeError, match="no option 'lops'"):
         depthc.compile(stack_program(6), "mor", lops=3)
@@ -132,6 +134,7 @@ def test_a_pass_that_breaks_the_program_is_named(program: Program) -> None:
     assert "after pass 2, broken()" in caught.value.where
 
 
+@pytest.mark.slow
 def test_a_program_is_captured_once_for_many_recipes() -> None:
     model = seeded(lambda: Stacked(Spec(depth=6)))
     program = depthc.capture(model, (ids(),))

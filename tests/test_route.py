@@ -119,6 +119,7 @@ class Framed(nn.Module):
         return h
 
 
+@pytest.mark.slow
 def test_tokens_may_be_a_small_part_of_a_size() -> None:
     model = seeded(Framed)
     compiled = depthc.compile(model, "mor", args=(torch.randn(2, 95),), loops=2).train()

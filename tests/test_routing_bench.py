@@ -73,6 +73,7 @@ def region(row: Row) -> tuple[Program, DepthModule, Tensor]:
     return captured, routed_by(RECIPE.format(share=share_of(row)), captured, row.training), h
 
 
+@pytest.mark.slow
 def test_floor_of_a_region() -> None:
     """2 rows of 32 tokens of 32 features, 2 heads and 1 key head of 16, 64 inner ones; 10 tokens a row are chosen."""
     row = tiny(ROWS["1 layer, 1/3, forward"])

@@ -180,6 +180,7 @@ def test_a_lag_beyond_the_row_adds_nothing_and_no_nan(kind: str) -> None:
 # other models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [
@@ -224,6 +225,7 @@ def test_windows_of_the_layers_are_their_own() -> None:
     assert (module(tokens) - module(first))[:, -1].abs().max() > 1e-5
 
 
+@pytest.mark.slow
 def test_tied_layers() -> None:
     model: nn.Module = seeded(lambda: Stacked(Spec(depth=6)))
     tied = depthc.compile(model, 'tie(loops=3, sharing="cycle")', args=(ids(),)).eval()
@@ -251,6 +253,7 @@ def refused(model: nn.Module, match: str, recipe: str = "stagger()") -> None:
         depthc.compile(seeded(lambda: model), recipe, args=(ids(),))
 
 
+@pytest.mark.slow
 def test_stacks_that_do_not_divide() -> None:
     for stacks, message in ((2, "stacks among 3, 9, or shared=True"), (4, "give stacks=3")):
         with pytest.raises(RecipeError, match=message):
@@ -264,6 +267,7 @@ def test_encoders_are_refused(kind: str) -> None:
         run_recipe(captured(kind, "full")[1], recipe_of(Stagger(), {}))
 
 
+@pytest.mark.slow
 def test_masks_that_may_not_be_causal_are_refused() -> None:
     with pytest.raises(RecipeError, match="the mask tensor"):
         run_recipe(captured("post_norm", "packed")[1], recipe_of(Stagger(), {}))
@@ -320,6 +324,7 @@ def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shared", "gated", "alone", "biased"])
 def test_odd_attention(kind: str) -> None:
     """The identity; and with o as it is in the layer, the cross-attention is what the layer's own would add."""
@@ -385,6 +390,7 @@ def test_stacks_without_attention_are_refused() -> None:
     refused(Linear(), "without attention")
 
 
+@pytest.mark.slow
 def test_layers_that_pass_on_more_are_refused() -> None:
     refused(Stacked(Spec(depth=4)), "rewritten before", "mod() | stagger()")
     refused(Stacked(Spec(depth=4, returns="states")), "more than pass one stream on")

@@ -115,6 +115,7 @@ def test_as_many_tokens_at_once_as_the_lag() -> None:
         side_by_side("llama", module.program, inputs, (1, 0), at_once=4)
 
 
+@pytest.mark.slow
 def test_generation() -> None:
     model = seeded(lambda: Stacked(Spec(depth=4)))
     module = depthc.compile(model, "stagformer_shared", args=(ids(),)).eval()

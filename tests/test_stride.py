@@ -265,6 +265,7 @@ def compiled(**options: Any) -> tuple[nn.Module, DepthModule]:
     return model, depthc.compile(stack_program(4), recipe_of("altup_sequence", options)).eval()
 
 
+@pytest.mark.slow
 def test_printed_parsed_saved(tmp_path: Any) -> None:
     _, module = compiled(every=2)
     assert str(depthc.parse(str(module.program))) == str(module.program)
@@ -292,6 +293,7 @@ def test_generation() -> None:
     assert torch.equal(found, prompt)
 
 
+@pytest.mark.slow
 def test_tied_layers_have_scalars_of_their_own() -> None:
     model: nn.Module = seeded(lambda: Stacked(Spec(depth=6)))
     module = depthc.compile(model, 'tie(loops=3, sharing="cycle") | stride(every=2)', args=(ids(),))

@@ -121,6 +121,7 @@ def test_random_values_follow_the_law_of_the_weights() -> None:
     assert torch.equal(tied(loops=2, init="random").state_dict()[name], one[name])
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_parameters_of_its_own() -> None:
     model = seeded(lambda: Stacked(Spec(depth=4)))
     before = {n: p.clone() for n, p in model.state_dict().items()}
@@ -131,6 +132,7 @@ def test_a_compiled_model_has_parameters_of_its_own() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_loop_rolls_what_is_equal_and_changes_no_bit() -> None:
     program = captured()[1]
     once = run_recipe(program, recipe_of("tie", {"loops": 2}))[0]
@@ -179,6 +181,7 @@ def test_a_first_layer_that_reads_the_argument_is_in_the_loop(recipe: str, optio
     assert torch.equal(compiled(x), model(x))
 
 
+@pytest.mark.slow
 def test_layers_that_are_one_already_are_not_looped_more_often_than_asked() -> None:
     model = seeded(lambda: Stacked(Spec(depth=6, shared="all")))
     (loop,) = depthc.compile(model, "tie", args=(ids(),), loops=2).program.stacks[0].ops
@@ -201,6 +204,7 @@ class TwoKinds(nn.Module):
         return h
 
 
+@pytest.mark.slow
 def test_values_come_from_layers_of_the_same_kind() -> None:
     """Stepwise, the slots are layers 0, 2 and 5; but 2 has a gate and slot 1 has none, so it is the nearest without."""
     model = seeded(lambda: TwoKinds((2, 5)))

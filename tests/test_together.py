@@ -64,6 +64,7 @@ def assert_as_the_whole(kind: str, rows: str, **options: Any) -> None:
     assert decoder.cache_bytes == other.cache_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_as_the_whole(name: str) -> None:
     assert_as_the_whole("llama", "full", **OPTIONS[name])
@@ -101,6 +102,7 @@ def reads_of(module: DepthModule, **options: Any) -> Mapping[str, list[int]]:
     return {n: reads.seen[w.data_ptr()] for n, w in weights.items() if w.data_ptr() in reads.seen}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "three"])
 def test_every_weight_is_read_once(name: str) -> None:
     """A product with the rows of all stacks for the layers, with one row a sequence for each cross-attention."""

@@ -82,6 +82,7 @@ def agree(case: Case) -> token.Result:
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows", ["padded", *(pytest.param(rows, marks=pytest.mark.slow) for rows in ("full", "packed"))]
 )
@@ -189,6 +190,7 @@ def test_a_later_token_changes_nothing_before_it() -> None:
     assert torch.equal(depth_of(aux)[:, :-1], depth_of(other)[:, :-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kv"),
     [
@@ -206,6 +208,7 @@ def test_token_by_token_is_the_whole_sequence(kind: str, kv: str) -> None:
         assert {kept.keys.count for site, kept in past.caches.items() if "[" in site} == lengths
 
 
+@pytest.mark.slow
 def test_everyone_at_full_depth_without_combining_is_the_tied_model() -> None:
     bias = torch.tensor([-9.0, -9.0, 9.0], dtype=torch.float64)
     case = Case("llama", bias=bias, combine="off")

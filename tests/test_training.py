@@ -180,6 +180,7 @@ def test_trainer_does_not_save_tied_embeddings_but_save_does(tmp_path: Path) -> 
     assert torch.equal(depthc.load(tmp_path / "ours").eval()(**BATCH).logits, module.eval()(**BATCH).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"every_n_layers": 2}, {"offload": True}, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}],
@@ -226,6 +227,7 @@ def stepped(module: nn.Module, cast: bool) -> tuple[dict[str, Tensor], Aux]:
     return {name: p.grad.clone() for name, p in module.named_parameters()}, aux
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kv", "checkpointed"), [("recursion", True), ("share_first", False)])
 def test_autocast_errs_as_the_model_does(kv: str, checkpointed: bool) -> None:
     """Routers, scores and losses stay fp32, and bf16 costs the gradients no more than it costs those of the model."""
@@ -248,6 +250,7 @@ def test_autocast_errs_as_the_model_does(kv: str, checkpointed: bool) -> None:
         assert error(narrow[name], wide[name]) < allowed, name
 
 
+@pytest.mark.slow
 def test_rows_under_autocast_are_evaluate() -> None:
     """Blocks on rows are traced once: with the dtypes that autocast gives caches and scores, and anew without it."""
     spec = Spec(depth=2, residual="post", norm="none", attention=("plain",))
@@ -259,6 +262,7 @@ def test_rows_under_autocast_are_evaluate() -> None:
                 assert torch.equal(module(ids(2, 9)), run(module.program, (ids(2, 9),), {}, training=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["post_norm", pytest.param("llama", marks=pytest.mark.thorough)])
 def test_bf16_errs_as_the_model_does(kind: str) -> None:
     """Against the oracle in fp64 on the same bf16 weights: output, loss and gradients."""

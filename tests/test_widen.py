@@ -145,6 +145,7 @@ def test_gemma3n_has_the_same_altup() -> None:
     torch.testing.assert_close(torch.stack(list(corrected)), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tied_layers_have_coefficients_of_their_own() -> None:
     model: nn.Module = seeded(lambda: Stacked(Spec(depth=6)))
     module = depthc.compile(model, 'tie(loops=3, sharing="cycle") | widen()', args=(ids(),))
@@ -156,6 +157,7 @@ def test_tied_layers_have_coefficients_of_their_own() -> None:
     torch.testing.assert_close(module(ids()), tied(ids()), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_printed_parsed_saved(tmp_path: Any) -> None:
     model: nn.Module = seeded(lambda: Stacked(Spec(depth=4)))
     module = depthc.compile(model, "altup", args=(ids(),), coefficients="router").eval()

@@ -125,6 +125,7 @@ def test_state_map_and_weights_of_the_original(kind: str) -> None:
     assert found["unread"] == []
 
 
+@pytest.mark.slow
 def test_printed_parsed_saved(tmp_path: Any) -> None:
     model: nn.Module = seeded(lambda: Stacked(Spec(depth=4)))
     compiled = depthc.compile(model, 'altup(embedding="wide")', args=(ids(),)).eval()

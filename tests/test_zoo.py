@@ -69,6 +69,7 @@ def stack(depth: int = 4) -> Stacked:
 RECIPES = pytest.mark.parametrize("check", [zoo_recipes.mor, zoo_recipes.mor_token, zoo_recipes.mod])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [zoo_recipes.mor, zoo_recipes.mor_token])
 @pytest.mark.parametrize(
     ("depth", "title"), [(2, "cycle x2"), (3, "cycle x3"), pytest.param(5, "middle_cycle x3", marks=pytest.mark.slow)]
@@ -86,6 +87,7 @@ def test_layers_that_attend_are_routed_where_others_cannot_be() -> None:
         run(zoo_recipes.mor, seeded(Hybrid))
 
 
+@pytest.mark.slow
 @RECIPES
 def test_a_step_that_does_not_help_is_a_failure(check: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo_step, "PROMISES", (0.0,))
@@ -144,6 +146,7 @@ def test_routes_are_those_of_the_recipe() -> None:
             zoo_routes.check_layers(routes, layers)
 
 
+@pytest.mark.slow
 def test_depths_are_those_that_the_router_says() -> None:
     model = stack()
     subject = zoo_step.Subject(depthc.capture(model, (ids(2, 9),)), model, (ids(2, 9),), {})
@@ -156,6 +159,7 @@ def test_depths_are_those_that_the_router_says() -> None:
         zoo_routes.check_depths(aux, module, subject)
 
 
+@pytest.mark.slow
 def test_a_router_that_learns_nothing_is_a_failure_unless_the_loss_reads_none_of_its_tokens() -> None:
     model, layers = stack(), (1, 3)
     subject = zoo_step.Subject(depthc.capture(model, (ids(2, 9),)), model, (ids(2, 9),), {})
