@@ -100,13 +100,18 @@ def add_input(graph: fx.Graph, input: Input) -> fx.Node:
 
 def behind(ends: Iterable[fx.Node], stops: Set[fx.Node] = frozenset()) -> set[fx.Node]:
     """Everything that `ends` are computed from, and they; what `stops` are computed from is left out."""
+    return reached(ends, lambda node: () if node in stops else node.all_input_nodes)
+
+
+def reached(ends: Iterable[fx.Node], sources: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """All nodes that lead to `ends` by way of `sources`, and they."""
     found: set[fx.Node] = set()
     stack = list(ends)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(() if node in stops else node.all_input_nodes)
+            stack.extend(sources(node))
     return found
 
 

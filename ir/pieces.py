@@ -1,6 +1,7 @@
-"""Pieces of a layer that has a cross-attention more than another one: what stands in front of it, it, and what follows.
+"""Pieces of a block as blocks of their own, that run apart from each other.
 
-So layers that are alike but for the cross-attention can run the first and the last piece together.
+What a layer keeps of a state is one. Of a layer that has a cross-attention more than another one there are three: what
+stands in front of it, it, and what follows. So layers that are alike but for it can run the others together.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from depthc.ir.axes.analysis import analyse
-from depthc.ir.axes.caches import Cached, cached_of
+from depthc.ir.axes.caches import cached_of
 from depthc.ir.axes.ops import op_name
-from depthc.ir.body import Body, Input, InputKind, add_input, behind
+from depthc.ir.body import Body, Input, InputKind, add_input, behind, reached
 from depthc.ir.memo import once
 from depthc.ir.program import Block
 
@@ -25,7 +26,7 @@ class Piece:
     Attributes:
         block: its carries are `takes`, its results `makes`.
         takes, makes: states, as nodes of the whole block.
-        ports: the ports of the whole block that are in it, by number.
+        ports: the ports of the whole block whose keys are made in it, by number.
         values, params, consts: the whole block's inputs that it reads, by number; no carries.
     """
 
@@ -77,16 +78,16 @@ def _pieces(layer: Block, crossed: Block) -> Pieces | None:
     if not _extends(layer.body, body, crossed.carries):
         return None
     for before, after in _joins(layer, crossed, frozenset(memory)):
-        front, rest = _nodes(crossed, [before], {state}), _nodes(crossed, [body.results[0]], {after})
-        late = rest | _nodes(crossed, [after], {before, *memory})
+        front, rest = up_to(crossed, [before], {state}), up_to(crossed, [body.results[0]], {after})
+        late = rest | up_to(crossed, [after], {before, *memory})
         live = [n for n in (state, *body.nodes) if n in front & moving and (n is before or {*n.users} & (late - front))]
         if any(labels[n] != labels[state] for n in (*live, after)):
             continue
         made = [n for n in live if n is not state]
         return Pieces(
-            _piece(crossed, "front", [state], made) if made else None,
-            _piece(crossed, "crossing", [*memory, *live], [after]),
-            _piece(crossed, "rest", [after, *live], [body.results[0]]),
+            piece_of(crossed, "front", [state], made) if made else None,
+            piece_of(crossed, "crossing", [*memory, *live], [after]),
+            piece_of(crossed, "rest", [after, *live], [body.results[0]]),
             before,
             after,
         )
@@ -103,12 +104,12 @@ def _extends(less: Body, more: Body, carries: int) -> bool:
 
 def _joins(layer: Block, crossed: Block, memory: frozenset[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Pairs of a state and what it is with the cross-attention, for which the layer computes the same from either."""
-    body, (result, *_) = crossed.body, crossed.body.results
-    for after in body.nodes:
-        if after in behind([result]) and behind([after]) & memory and not behind([result], {after}) & memory:
-            for before in after.all_input_nodes:
-                if not behind([before]) & memory and _without(layer, crossed, before, after) == layer.body:
-                    yield before, after
+    body, result = crossed.body, crossed.body.results[0]
+    on_the_way = [n for n in body.nodes if n in behind([result]) and behind([n]) & memory]
+    for after in (n for n in on_the_way if not behind([result], {n}) & memory):
+        for before in (n for n in after.all_input_nodes if not behind([n]) & memory):
+            if _without(layer, crossed, before, after) == layer.body:
+                yield before, after
 
 
 def _without(layer: Block, crossed: Block, before: fx.Node, after: fx.Node) -> Body:
@@ -125,25 +126,21 @@ def _without(layer: Block, crossed: Block, before: fx.Node, after: fx.Node) -> B
     return Body(graph)
 
 
-def _nodes(block: Block, ends: Iterable[fx.Node], states: set[fx.Node]) -> set[fx.Node]:
+def up_to(block: Block, ends: Iterable[fx.Node], states: set[fx.Node]) -> set[fx.Node]:
     """What `ends` are computed from, up to states. The sizes of any state are those of all."""
-    label, labels = _label(block), analyse(block).labels
-    found, stack = set[fx.Node](), list(ends)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            sized = op_name(node) == "sym_size" and labels.get(node.args[0]) == label  # type: ignore[arg-type]
-            stack.extend(() if node in states or sized else node.all_input_nodes)
-    return found
+    labels = analyse(block).labels
+    label = labels[block.body.placeholders_of("value")[0]]
+
+    def sources(node: fx.Node) -> Iterable[fx.Node]:
+        sized = op_name(node) == "sym_size" and labels.get(node.args[0]) == label  # type: ignore[arg-type]
+        return () if node in states or sized else node.all_input_nodes
+
+    return reached(ends, sources)
 
 
-def _label(block: Block) -> object:
-    return analyse(block).labels[block.body.placeholders_of("value")[0]]
-
-
-def _piece(block: Block, name: str, states: Sequence[fx.Node], makes: Sequence[fx.Node]) -> Piece:
-    body, needed = block.body, _nodes(block, makes, {*states})
+def piece_of(block: Block, name: str, states: Sequence[fx.Node], makes: Sequence[fx.Node]) -> Piece:
+    """What computes some values of a block from states, those of them that it needs; at least one."""
+    body, needed = block.body, up_to(block, makes, {*states})
     takes = tuple(n for n in states if n in needed)
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     type = body.inputs_of("value")[0].type
@@ -162,10 +159,6 @@ def _piece(block: Block, name: str, states: Sequence[fx.Node], makes: Sequence[f
     def chosen(kind: InputKind) -> tuple[int, ...]:
         return tuple(i for i, n in enumerate(body.placeholders_of(kind)) if n in needed and n not in carries)
 
-    ports = tuple(i for i, own in enumerate(cached_of(block)) if _keeps(own, needed - {*takes}))
+    ports = tuple(i for i, own in enumerate(cached_of(block)) if {c.node for c in own} <= needed - {*takes})
     piece = Block(f"{block.name}_{name}", Body(graph), len(takes))
     return Piece(piece, takes, tuple(makes), ports, chosen("value"), chosen("param"), chosen("const"))
-
-
-def _keeps(cached: Sequence[Cached], needed: set[fx.Node]) -> bool:
-    return all(c.node in needed for c in cached)

@@ -16,6 +16,7 @@ from depthc.ir import sizes
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.ops import operands
 from depthc.ir.axes.ports import ports_of
+from depthc.ir.body import reached
 from depthc.ir.liveness import reads_of, writes_of
 from depthc.ir.masks.masks import Mask, masks_of
 from depthc.ir.memo import once
@@ -105,20 +106,15 @@ def inputs_now(block: Block, lagged: Sequence[int]) -> list[frozenset[int]]:
 def _inputs_now(block: Block, lagged: Sequence[int]) -> list[frozenset[int]]:
     ports = ports_of(block)
     edges = {edge for number in lagged for edge in ports[number].key_edges}
-    found: list[frozenset[int]] = []
     values = {node: i for i, node in enumerate(block.body.placeholders_of("value"))}
     labels = analyse(block).labels
-    for result in block.body.results:
-        seen: set[fx.Node] = set()
-        stack = [result]
-        while stack:
-            node = stack.pop()
-            if node not in seen:
-                seen.add(node)
-                data = (s for slot, s in operands(node) if (node, slot) not in edges)
-                stack.extend(s for s in data if isinstance(labels.get(s), tuple | list))
-        found.append(frozenset(values[node] for node in seen if node in values))
-    return found
+
+    def data(node: fx.Node) -> list[fx.Node]:
+        read = (source for slot, source in operands(node) if (node, slot) not in edges)
+        return [source for source in read if isinstance(labels.get(source), tuple | list)]
+
+    needed = (reached([result], data) for result in block.body.results)
+    return [frozenset(values[node] for node in nodes if node in values) for nodes in needed]
 
 
 class _Walk:

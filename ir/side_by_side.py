@@ -7,20 +7,18 @@ in the caches. A section runs with those alone; what the new tokens show to othe
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor
 
-from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.caches import cached_of
-from depthc.ir.body import Body, InputKind, behind
 from depthc.ir.errors import IncrementalError
 from depthc.ir.evaluate import as_data, indexed
 from depthc.ir.incremental import Past, advance, continued
 from depthc.ir.liveness import writes_of
 from depthc.ir.masks.masks import masks_of
 from depthc.ir.memo import once, once_a_program
+from depthc.ir.pieces import Piece, piece_of, up_to
 from depthc.ir.plans import plan_of
 from depthc.ir.program import Block, Call, Kv, Op, Program, Segment, Stack
 from depthc.ir.rows.execution import Cache
@@ -224,23 +222,25 @@ class Alone(Steps):
     def shown(self, op: Call, number: int, indices: Mapping[str, int]) -> Cache:
         """What one port of a layer keeps of the new tokens."""
         block = self.program.blocks[op.block]
-        part = _shown(block, number)
-        rows, _ = self.run_rows(
-            part.block,
-            [self._rows_of(op.reads[part.carry], block)],
-            [as_data(self.values[op.reads[i]]) for i in part.values],
-            [self.evaluator.param(indexed(op.params[i], indices)) for i in part.params],
-            [op.consts[i] for i in part.consts],
-            positions=self._positions(None).positions,
-            kv=(),
-            caches=(),
-            ordered=True,
-            causal=(),
-            length=self.length,
-            training=False,
-            device=self.device,
-        )
-        return rows  # type: ignore[no-any-return]
+        piece = _shown(block, number)
+        carry = block.body.placeholders_of("value").index(piece.takes[0])
+        sides = [as_data(self.values[op.reads[i]]) for i in piece.values]
+        return self.run_piece(piece, op, [self._rows_of(op.reads[carry], block)], sides, indices)
+
+    def run_piece(
+        self,
+        piece: Piece,
+        op: Call,
+        states: Sequence[Tensor],
+        sides: Sequence[Any],
+        indices: Mapping[str, int],
+        plans: Sequence[Kv] = (),
+        kept: Kept | None = None,
+    ) -> tuple[Tensor, ...]:
+        """What a piece of a layer makes of the new tokens."""
+        params = [self.evaluator.param(indexed(op.params[i], indices)) for i in piece.params]
+        consts = [op.consts[i] for i in piece.consts]
+        return self.run_block(piece.block, states, sides, params, consts, self._positions(None), plans, kept)[0]
 
 
 class Sections(Alone):
@@ -260,54 +260,21 @@ class Sections(Alone):
             self.show(call, site, indices)
 
 
-@dataclass(frozen=True, eq=False)
-class _Shown:
-    """What one port of a block keeps of a carry, as a block of its own.
-
-    Attributes:
-        block: its carry is that carry; its results are what the port keeps.
-        carry: the number of the carry among the whole block's values.
-        values, params, consts: the whole block's inputs that it takes, by number; the carry is not in `values`.
-    """
-
-    block: Block
-    carry: int
-    values: tuple[int, ...]
-    params: tuple[int, ...]
-    consts: tuple[int, ...]
-
-
-def _shown(block: Block, port: int) -> _Shown:
+def _shown(block: Block, port: int) -> Piece:
+    """What one port of a block keeps of a state."""
     return once(block, "shown", lambda: _make_shown(block, port), port)
 
 
-def _make_shown(block: Block, port: int) -> _Shown:
-    wanted = [cached.node for cached in cached_of(block)[port]]
-    carries, moving = block.body.placeholders_of("value")[: block.carries], analyse(block).moving
-    needed = behind(wanted)
-    read = {n for node in needed & moving for n in node.all_input_nodes}
-    found = [n for n in carries if n in read or n in wanted]
-    if len(found) != 1:
+def _make_shown(block: Block, port: int) -> Piece:
+    wanted, carries = [c.node for c in cached_of(block)[port]], block.body.placeholders_of("value")[: block.carries]
+    needed = up_to(block, wanted, {*carries})
+    states = [n for n in carries if n in needed]
+    if len(states) != 1:
         raise IncrementalError(
-            f"the keys of attention {port} are made of {len(found)} states",
+            f"the keys of attention {port} are made of {len(states)} states",
             where=block.name,
             expected="one state, that of another section",
-            found=", ".join(n.meta["input"].name for n in found) or "none",
+            found=", ".join(n.meta["input"].name for n in states) or "none",
             remedy="use program.step",
         )
-    (carry,) = found
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    copies[carry] = graph.node_copy(carry)
-    for node in (*block.body.placeholders, *block.body.nodes):
-        if node in carries:
-            copies.setdefault(node, copies[carry])  # of other carries only sizes are read
-        elif node in needed:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[node] for node in wanted))
-
-    def chosen(kind: InputKind) -> tuple[int, ...]:
-        return tuple(i for i, n in enumerate(block.body.placeholders_of(kind)) if n in needed and n not in carries)
-
-    number = carries.index(carry)
-    part = Block(f"{block.name}_shown", Body(graph))
-    return _Shown(part, number, chosen("value"), chosen("param"), chosen("const"))
+    return piece_of(block, "shown", states, wanted)

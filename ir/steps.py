@@ -129,12 +129,34 @@ class Steps:
         indices: Mapping[str, int],
     ) -> tuple[Tensor, ...]:
         plans, kept = self._plans(op, block, site, indices)
-        results, caches = self.run_rows(
+        params = [self.evaluator.param(indexed(p, indices)) for p in op.params]
+        consts = op.consts if isinstance(op, Call) else ()
+        results, caches = self.run_block(block, rows, sides, params, consts, here, plans, kept)
+        stores = any(p.mode == "store" and not port.cross for p, port in zip(plans, ports_of(block), strict=True))
+        keys = kept.keys.followed_by(here, rows[0].shape[0], self.device) if stores else kept.keys
+        if ports_of(block):
+            self._store(op, block, plans, Kept(caches, keys), site, indices)
+        return results
+
+    def run_block(
+        self,
+        block: Block,
+        rows: Sequence[Tensor],
+        sides: Sequence[Any],
+        params: Sequence[Tensor],
+        consts: Sequence[float],
+        here: Rows,
+        plans: Sequence[Kv] = (),
+        kept: Kept | None = None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
+        """Run a block on the rows `here` after what is kept: its results, and its caches (see `run_rows`)."""
+        kept = kept or Kept((), self._nothing())
+        return self.run_rows(  # type: ignore[no-any-return]
             block,
             rows,
             sides,
-            [self.evaluator.param(indexed(p, indices)) for p in op.params],
-            op.consts if isinstance(op, Call) else (),
+            params,
+            consts,
             positions=here.positions,
             valid=here.valid,
             **self._kept_rows(block, kept),
@@ -146,11 +168,6 @@ class Steps:
             training=False,
             device=self.device,
         )
-        stores = any(p.mode == "store" and not port.cross for p, port in zip(plans, ports_of(block), strict=True))
-        keys = kept.keys.followed_by(here, rows[0].shape[0], self.device) if stores else kept.keys
-        if ports_of(block):
-            self._store(op, block, plans, Kept(caches, keys), site, indices)
-        return results
 
     def _kept_rows(self, block: Block, kept: Kept) -> dict[str, Any]:
         """What `run_rows` is told of the rows of caches."""

@@ -28,7 +28,7 @@ from depthc.ir.sections import Section
 from depthc.ir.side_by_side import independent
 from depthc.ir.signature import bind, unbind
 from depthc.ir.text.functions import walk
-from depthc.runtime.fixed import Caches, Fixed, FixedLastStack, FixedSections, ring_sizes, rings_at
+from depthc.runtime.fixed import Fixed, FixedLastStack, FixedSections, Memory, ring_sizes, rings_at
 from depthc.runtime.generate import Slots, scoring, slots_of
 from depthc.runtime.hoist import Hoisted
 from depthc.runtime.together import FixedTogether, runs_together
@@ -104,16 +104,18 @@ class Decoder:
         self._tokens = _lengthened(prompt, length, 0)
         arguments = bind(self.program.signature.parameters, (), {**others, **masks, slots.tokens: self._tokens})
         self._tensors = self.program.signature.flatten(*unbind(self.program.signature.parameters, arguments))
-        self._caches, self._param = Caches(), WeightParams(self.program)
-        self._at = torch.full((1, 1), self.place - 1, device=prompt.device)
-        compiler = torch.compile if compile else lambda function: function
-        self._run_rows = RowsLowering(compiler)
-        self._rings, self._hoisted = compiler(partial(rings_at, self._ring_sizes())), Hoisted(slots.tokens)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._repeated: dict[str, Tensor] = {}
         last = last_stack(self.program) if recurrent else None
         self._new_steps = self._steps_of_sections(together and not recurrent)
-        self._streams = [torch.cuda.Stream() for _ in (0, *self.sections)] if prompt.is_cuda else []
+        compiler = torch.compile if compile else lambda function: function
+        self._memory = Memory(
+            torch.full((1, 1), self.place - 1, device=prompt.device),
+            RowsLowering(compiler),
+            WeightParams(self.program),
+            compiler(partial(rings_at, self._ring_sizes())),
+            Hoisted(slots.tokens),
+            [torch.cuda.Stream() for _ in self.sections] if prompt.is_cuda else (),
+        )
+        self._graph: torch.cuda.CUDAGraph | None = None
         if self._past.length < self.place:
             self._require_agreement()
         if last is not None:
@@ -142,7 +144,7 @@ class Decoder:
                 found=str(self.length + 1),
                 remedy="make a decoder of a greater length",
             )
-        self._at.fill_(self.place)
+        self._memory.place.fill_(self.place)
         self._tokens[:, self.place : self.place + 1] = token
         if self._graph is None:
             self.logits = self._advance()
@@ -154,7 +156,7 @@ class Decoder:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all caches."""
-        held = [t for caches in self._caches.values() for cache in caches for t in cache or ()]
+        held = [t for caches in self._memory.static.values() for cache in caches for t in cache or ()]
         return sum(t.numel() * t.element_size() for t in held)
 
     def _steps_of_sections(self, together: bool) -> Callable[..., Fixed]:
@@ -184,16 +186,8 @@ class Decoder:
         return logits[:, -1], past
 
     def _advance(self) -> Tensor:
-        """The step at `_at`; caches are written over."""
-        given = self.program, self.plan, self._past, self._tensors, self.length
-        steps = self._new_steps(*given)
-        steps.static, steps.place, steps.fresh = self._caches, self._at, 1
-        steps.rings, steps.hoisted = self._rings(self._at), self._hoisted
-        steps.run_rows, steps.evaluator.param = self._run_rows, self._param
-        if isinstance(steps, FixedSections):
-            steps.streams = self._streams[1:]
-        if isinstance(steps, FixedTogether):
-            steps.repeated = self._repeated
+        """The step at the memory's place; caches are written over."""
+        steps = self._new_steps(self._memory, self.program, self.plan, self._past, self._tensors, self.length)
         for item in self.plan.body:
             steps.ops(item.ops if isinstance(item, Stack) else (item,), item.name, {})
         self._past = replace(self._past, caches={}, stream=None)  # they have been taken over
@@ -224,12 +218,12 @@ class Decoder:
         places = [n for n, op in enumerate(stack.ops) if isinstance(op, Call)]
         for number, at in enumerate(places):
             if number not in section.numbers:
-                self._caches.pop(f"{stack.name}.{at}", None)
+                self._memory.static.pop(f"{stack.name}.{at}", None)
 
     def _hold(self) -> None:
         """Capture a step; those that warm up write a row that the first step writes again."""
-        self._at.fill_(self.place)
-        side = self._streams[0]
+        self._memory.place.fill_(self.place)
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):

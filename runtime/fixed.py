@@ -5,8 +5,9 @@ Whatever runs them again at another place, a CUDA graph too, gets that token's r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,8 +29,6 @@ from depthc.ir.tokens import TokenSet
 from depthc.runtime.hoist import Hoisted
 
 _ALIGNED = 8  # rows of a mask, where attention is fast
-
-Caches = dict[str, list[Cache | None]]
 
 
 class Ring(NamedTuple):
@@ -68,23 +67,40 @@ def ring_sizes(plan: Plan, op: Segment | Call, block: Block, length: int) -> lis
     return [length if n is None else min(length, -(-(n + 1) // _ALIGNED) * _ALIGNED) for n in kept]
 
 
-class Fixed(Steps):
-    """Evaluates one token at a place that only the device knows, with caches whose sizes stay.
+@dataclass
+class Memory:
+    """What one step leaves to the next, and what all of them run with.
 
     Attributes:
-        static: what the ports of every application keep, by its name; written over.
-        place: [1, 1], where the token is.
-        rings: the tokens of caches, by the number of rows.
+        place: int[1, 1], where the token at hand is.
+        run_rows, param, rings: run blocks, give parameters, and the rings of a place.
         hoisted: runs what stands in front of the layers.
+        streams: one a section that runs beside others; none on a CPU.
+        static: what the ports of every application keep, by its name; written over.
+        repeated: side inputs that no token changes and that have a row a batch row, for all sections.
     """
 
-    static: Caches
     place: Tensor
-    rings: Mapping[int, Ring]
+    run_rows: Callable[..., Any]
+    param: Callable[[str], Tensor]
+    rings: Callable[[Tensor], Mapping[int, Ring]]
     hoisted: Hoisted
+    streams: Sequence[torch.cuda.Stream] = ()
+    static: dict[str, list[Cache | None]] = field(default_factory=dict)
+    repeated: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Fixed(Steps):
+    """Evaluates one token at a place that only the device knows, with caches whose sizes stay."""
+
+    def __init__(self, memory: Memory, *given: Any) -> None:
+        super().__init__(*given)
+        self.memory, self.place, self.fresh = memory, memory.place, 1
+        self.rings = memory.rings(memory.place)
+        self.run_rows, self.evaluator.param = memory.run_rows, memory.param
 
     def whole(self, op: Segment | Call, site: str, indices: Mapping[str, int]) -> None:
-        self.evaluator.run_body = partial(self.hoisted.run, op, site)
+        self.evaluator.run_body = partial(self.memory.hoisted.run, op, site)
         super().whole(op, site, indices)
 
     def _positions(self, tokens: TokenSet | None) -> Rows:
@@ -116,7 +132,7 @@ class Fixed(Steps):
 
     def _kept(self, op: Segment | Call, block: Block, name: str) -> Sequence[Cache | None]:
         """The caches of an application, made of what the prompt left there."""
-        if name not in self.static and name in self.past.caches:
+        if name not in self.memory.static and name in self.past.caches:
             ports = zip(
                 ports_of(block),
                 cached_of(block),
@@ -124,11 +140,11 @@ class Fixed(Steps):
                 ring_sizes(self.plan, op, block, self.length),
                 strict=True,
             )
-            self.static[name] = [
+            self.memory.static[name] = [
                 cache if port.cross or cache is None else tuple(map(partial(self._as_ring, rows), cache, own))
                 for port, own, cache, rows in ports
             ]
-        return self.static.get(name, ())
+        return self.memory.static.get(name, ())
 
     def _as_ring(self, rows: int, cache: Tensor, layout: Cached) -> Tensor:
         """The last of the prompt's rows, each in its place."""
@@ -151,9 +167,9 @@ class FixedAlone(Alone, Fixed):
 
     def show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         layouts = cached_of(self.program.blocks[op.block])
-        for port in self.late.get(site, ()):
+        for port in lagged_ports(self.program, op):
             rows = self.shown(op, port, indices)
-            for cache, row, c in zip(self.static[site][port] or (), rows, layouts[port], strict=True):
+            for cache, row, c in zip(self.memory.static[site][port] or (), rows, layouts[port], strict=True):
                 cache.index_copy_(c.dim, self.rings[cache.shape[c.dim]].row, row)
 
 
@@ -162,23 +178,17 @@ class FixedSections(Sections, FixedAlone):
 
     What a section shows to others is written as soon as it has run. Others may still read the cache: the row belongs to
     a token that none of them sees.
-
-    Attributes:
-        streams: one a section.
     """
 
-    streams: Sequence[torch.cuda.Stream]
-
     def layers(self, calls: Mapping[str, Call], indices: Mapping[str, int]) -> None:
-        self.late = {site: lagged_ports(self.program, call) for site, call in calls.items()}
         for site, call in calls.items():
             self._kept(call, self.program.blocks[call.block], site)  # before there are branches
         # None of them runs on the current stream: what that frees meanwhile is not given to others.
-        current = torch.cuda.current_stream() if self.streams else None
+        current = torch.cuda.current_stream() if self.memory.streams else None
         for number, section in enumerate(self.sections):
             with self._branch(number, current):
                 self._section(section, calls, indices)
-        for stream in self.streams:
+        for stream in self.memory.streams:
             current.wait_stream(stream)  # type: ignore[union-attr]
 
     @contextmanager
@@ -186,8 +196,8 @@ class FixedSections(Sections, FixedAlone):
         if current is None:
             yield
             return
-        self.streams[number].wait_stream(current)
-        with torch.cuda.stream(self.streams[number]):
+        self.memory.streams[number].wait_stream(current)
+        with torch.cuda.stream(self.memory.streams[number]):
             yield
 
     def _section(self, section: Section, calls: Mapping[str, Call], indices: Mapping[str, int]) -> None:

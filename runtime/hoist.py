@@ -5,7 +5,7 @@ Masks and rotary tables of a fixed length do not change; token embeddings do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx
@@ -24,22 +24,21 @@ class Hoisted:
 
     def __init__(self, changing: str) -> None:
         self.changing = {changing}
-        self._kept: dict[str, dict[fx.Node, Any]] = {}
+        self._kept: dict[str, tuple[set[fx.Node], dict[fx.Node, Any]]] = {}  # what varies, and what else is read
 
     def run(self, op: Segment | Call, site: str, body: Body, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """The results of an op at a place; the inputs that do not change are those of the first time."""
-        varying = self._varying(op, body)
         env: dict[fx.Node, Any] = dict(zip(body.placeholders, inputs, strict=True))
-        kept = self._kept.get(site)
-        env.update(kept or {})
-        for node in body.nodes:
-            if kept is None or node in varying:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        if kept is None:
+        if site not in self._kept:
+            varying = self._varying(op, body)
+            self.changing.update(name for name, node in zip(op.writes, body.results, strict=True) if node in varying)
+            _compute(body.nodes, env)
             read = {n for node in varying for n in node.all_input_nodes} | {*body.results}
-            self._kept[site] = {node: env[node] for node in body.nodes if node in read and node not in varying}
-        self.changing.update(name for name, node in zip(op.writes, body.results, strict=True) if node in varying)
+            self._kept[site] = varying, {n: env[n] for n in body.nodes if n in read - varying}
+        else:
+            varying, others = self._kept[site]
+            env.update(others)
+            _compute([node for node in body.nodes if node in varying], env)
         return tuple(env[node] for node in body.results)
 
     def _varying(self, op: Segment | Call, body: Body) -> set[fx.Node]:
@@ -49,3 +48,9 @@ class Hoisted:
             if op_name(node) != "sym_size" and any(source in varying for source in node.all_input_nodes):
                 varying.add(node)
         return varying
+
+
+def _compute(nodes: Iterable[fx.Node], env: dict[fx.Node, Any]) -> None:
+    for node in nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -19,7 +19,7 @@ from depthc.ir.evaluate import as_data
 from depthc.ir.pieces import Piece, Pieces, pieces_of
 from depthc.ir.program import Block, Call, Kv, Program
 from depthc.ir.rows.execution import Cache
-from depthc.ir.sections import Section, lagged_ports
+from depthc.ir.sections import Section
 from depthc.ir.side_by_side import Sections
 from depthc.ir.steps import Kept
 from depthc.runtime.fixed import FixedAlone
@@ -65,16 +65,9 @@ def _layouts(ports: Sequence[Sequence[Cached]]) -> list[list[tuple[Any, ...]]]:
 
 
 class FixedTogether(Sections, FixedAlone):
-    """Evaluates one token in all sections at once, depth by depth.
-
-    Attributes:
-        repeated: side inputs that no token changes and that have a row a batch row, for all sections.
-    """
-
-    repeated: dict[str, Tensor]
+    """Evaluates one token in all sections at once, depth by depth."""
 
     def layers(self, calls: Mapping[str, Call], indices: Mapping[str, int]) -> None:
-        self.late = {site: lagged_ports(self.program, call) for site, call in calls.items()}
         placed = list(calls.items())
         depths = list(zip(*([placed[at] for at in section.numbers] for section in self.sections), strict=True))
         dim = batch_dim(self.program.blocks[depths[0][0][1].block])
@@ -110,9 +103,9 @@ class FixedTogether(Sections, FixedAlone):
     ) -> None:
         """Run a piece for all sections; its ports are those of the layer from number `port` on."""
         name = f"{depth[0][0]} {piece.block.name}"
-        if name not in self.static:
-            self.static[name] = [self._together(piece, depth, i, port + i) for i in range(len(piece.ports))]
-        made = self._run_piece(piece, depth[1][1], states, self.static[name], len(depth))
+        if name not in self.memory.static:
+            self.memory.static[name] = [self._together(piece, depth, i, port + i) for i in range(len(piece.ports))]
+        made = self._run_piece(piece, depth[1][1], states, self.memory.static[name], len(depth))
         states.update(zip(piece.makes, made, strict=True))
 
     def _together(self, piece: Piece, depth: Sequence[tuple[str, Call]], number: int, port: int) -> Cache | None:
@@ -121,7 +114,7 @@ class FixedTogether(Sections, FixedAlone):
         for section, (site, call) in enumerate(depth):
             kept, at = self._kept(call, self.program.blocks[call.block], site), piece.ports[number] if section else port
             found.append(kept[at])
-            self.static[site][at] = None
+            self.memory.static[site][at] = None
         caches = [cache for cache in found if cache is not None]
         if len(caches) < len(depth):
             return None
@@ -139,23 +132,10 @@ class FixedTogether(Sections, FixedAlone):
         block, ports = piece.block, ports_of(piece.block)
         alone = {i for i, port in enumerate(ports) if port.cross or sections == 1}
         inputs = block.body.placeholders_of("value")[block.carries :]
-        results, _ = self.run_rows(
-            block,
-            [states[node] for node in piece.takes],
-            [self._side(call.reads[i], node, block, sections) for i, node in zip(piece.values, inputs, strict=True)],
-            [self.evaluator.param(call.params[i]) for i in piece.params],
-            [call.consts[i] for i in piece.consts],
-            positions=self.place,
-            **self._kept_rows(block, Kept(tuple(caches), self._nothing())),
-            kv=[Kv("read" if i in alone else "update", "cache") for i in range(len(ports))],
-            caches=tuple(caches),
-            ordered=True,
-            causal=(),
-            length=self.length,
-            training=False,
-            device=self.device,
-        )
-        return results  # type: ignore[no-any-return]
+        sides = [self._side(call.reads[i], node, block, sections) for i, node in zip(piece.values, inputs, strict=True)]
+        plans = [Kv("read" if i in alone else "update", "cache") for i in range(len(ports))]
+        rows = [states[node] for node in piece.takes]
+        return self.run_piece(piece, call, rows, sides, {}, plans, Kept(tuple(caches), self._nothing()))
 
     def _side(self, name: str, node: fx.Node, block: Block, sections: int) -> Any:
         """A side input, for the batch rows of all sections."""
@@ -164,11 +144,11 @@ class FixedTogether(Sections, FixedAlone):
         dims = [d for d, atoms in enumerate(label) if axes.batch in atoms and isinstance(type.shape[d], str)]
         if sections == 1 or not dims:
             return side
-        if name in self.hoisted.changing:
+        if name in self.memory.hoisted.changing:
             return torch.cat([side] * sections, dims[0])
-        if name not in self.repeated:
-            self.repeated[name] = torch.cat([side] * sections, dims[0])
-        return self.repeated[name]
+        if name not in self.memory.repeated:
+            self.memory.repeated[name] = torch.cat([side] * sections, dims[0])
+        return self.memory.repeated[name]
 
 
 def batch_dim(block: Block) -> int:

@@ -1,7 +1,9 @@
 """Settings for all tests: one thread, a fixed seed, no network, a time limit. Warnings are errors (pyproject.toml)."""
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Generator
 
 import pytest
@@ -13,10 +15,17 @@ import hypothesis
 import torch
 
 QUICK_LIMIT, SLOW_LIMIT = 300, 1200
+CAPTURED = "DEPTHC_CAPTURED"  # names the folder of what tests capture, for all processes of a run
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("depthc", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("depthc")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if CAPTURED not in os.environ:
+        os.environ[CAPTURED] = folder = tempfile.mkdtemp(prefix="depthc-")
+        config.add_cleanup(lambda: shutil.rmtree(folder))
 
 
 @pytest.fixture(autouse=True)

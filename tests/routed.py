@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -35,7 +34,7 @@ def captured(kind: str, rows: str) -> tuple[nn.Module, Program, dict[str, Tensor
     """A model, its program and the inputs that both take. All processes of a run read what one has captured."""
     model = oracles.build(kind)
     inputs = oracles.inputs_of(kind, ROWS[rows], documents=documents_of(rows))
-    file = _shared_folder() / f"{kind}-{rows}.pt"
+    file = Path(os.environ["DEPTHC_CAPTURED"]) / f"{kind}-{rows}.pt"
     if not file.exists():
         with Wide():
             program = depthc.capture(model, kwargs=inputs)
@@ -51,16 +50,6 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers, by every name."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return parameters | dict(model.named_buffers(remove_duplicate=False))
-
-
-@cache
-def _shared_folder() -> Path:
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if run is None:
-        return Path(tempfile.mkdtemp(prefix="depthc-"))
-    folder = Path(tempfile.gettempdir()) / f"depthc-{run}"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def documents_of(rows: str) -> Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from architectures import ZOO
 from architectures.base import perturb
 from compare import without_cache
+from compositions import with_noise
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -127,10 +128,7 @@ WINDOWED = {
 def staggered(recipe: str, tokens: Tensor) -> Program:
     """A staggered model, all of whose parameters count."""
     module = depthc.compile(llama(4).double().eval(), recipe, kwargs={"input_ids": tokens}).eval()
-    with torch.no_grad():
-        for parameter in module.new_parameters().values():
-            parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype) / 3)
-    return module.program
+    return with_noise(module).program
 
 
 @pytest.mark.slow

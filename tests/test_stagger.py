@@ -9,6 +9,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from compositions import with_noise
 from oracles import QK_NORM, Wide, staggered
 from oracles.rows import named
 from torch import Tensor, nn
@@ -48,11 +49,7 @@ def compiled(kind: str, rows: str = "full", noise: float = 0.3, **options: Any) 
     """A staggered model, and some noise on its new parameters: `o` is zero, and one stack alone counts."""
     with Wide():
         module = lower(run_recipe(captured(kind, rows)[1], recipe_of(Stagger(**options), {}))[0]).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.new_parameters().values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * noise)
-    return module
+    return with_noise(module, noise)
 
 
 def for_oracle(math: oracles.CrossMath, module: DepthModule, settings: staggered.Settings) -> dict[str, Tensor]:

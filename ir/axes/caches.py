@@ -18,6 +18,7 @@ from depthc.ir.axes.analysis import Axes, analyse
 from depthc.ir.axes.labels import Atom, Label
 from depthc.ir.axes.ops import op_name
 from depthc.ir.axes.ports import PRODUCTS, Port, ports_of
+from depthc.ir.body import reached
 from depthc.ir.memo import once
 from depthc.ir.program import Block
 
@@ -84,7 +85,7 @@ class _Cutter:
         self.stops = {n for other in ports for n in other.region}
         self.own = [n for n in port.keyed if n in axes.moving] or list(port.keyed)
         self.among = axes.moving if self.own[0] in axes.moving else frozenset(_from_values(axes))
-        self.members = self._behind()
+        self.members = reached(self.own, self._sources)
         self.projected = self._projected()
 
     def cut(self) -> tuple[fx.Node, ...]:
@@ -107,15 +108,6 @@ class _Cutter:
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         return [] if node in self.stops else [n for n in node.all_input_nodes if n in self.among]
-
-    def _behind(self) -> set[fx.Node]:
-        seen, stack = set(self.own), list(self.own)
-        while stack:
-            for source in self._sources(stack.pop()):
-                if source not in seen:
-                    seen.add(source)
-                    stack.append(source)
-        return seen
 
     def _projected(self) -> set[fx.Node]:
         """Nodes all of which is behind a product with a parameter: else there is the carry under another name.

@@ -15,7 +15,7 @@ from torch import fx
 from depthc.ir.axes.analysis import Axes, analyse
 from depthc.ir.axes.ops import is_tensor, op_name
 from depthc.ir.axes.ports import PRODUCTS, ports_of
-from depthc.ir.body import Body
+from depthc.ir.body import Body, behind
 from depthc.ir.dominators import PostDominators
 from depthc.ir.memo import once
 from depthc.ir.program import Block
@@ -184,11 +184,4 @@ def _span(block: Block, cuts: tuple[Cut, ...], numbers: list[int]) -> LegalSpan:
 
 def _cone(axes: Axes, body: Body, start: fx.Node, end: fx.Node) -> set[fx.Node]:
     """Everything that `end` needs once `start` is known; sizes of the carry are those of `start`."""
-    seen: set[fx.Node] = set()
-    stack: list[fx.Node] = [end]
-    while stack:
-        node = stack.pop()
-        if node not in seen and node is not start:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
+    return behind([end], {start}) - {start}

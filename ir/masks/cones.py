@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from depthc.ir import sizes
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.ops import op_name
-from depthc.ir.body import Body
+from depthc.ir.body import Body, reached
 from depthc.ir.errors import StateDictError
 from depthc.ir.evaluate import indexed
 from depthc.ir.params import value_of
@@ -95,14 +95,7 @@ class Cone:
 
 def inside(site: Site, wanted: Sequence[fx.Node], given: Mapping[fx.Node, Any] | frozenset[fx.Node]) -> set[fx.Node]:
     """The nodes of one body that `wanted` are computed from, up to those that are `given`."""
-    found: set[fx.Node] = set()
-    stack = list(wanted)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(_read(node, given))
-    return found
+    return reached(wanted, lambda node: _read(node, given))
 
 
 def _read(node: fx.Node, given: Mapping[fx.Node, Any] | frozenset[fx.Node]) -> set[fx.Node]:
