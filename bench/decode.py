@@ -30,6 +30,7 @@ import depthc
 
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {  # a recipe, and options of the decoder
     "original": ("identity", {}),
+    "original, without kernels": ("identity", {"kernels": False}),
     "separate, window 128": ("stagger(window=128)", {}),
     "separate": ("stagger()", {}),
     "shared, window 128": ("stagger(shared=True, window=128)", {}),

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from depthc.ir.axes.analysis import analyse
-from depthc.ir.axes.ops import argument, op_name
+from depthc.codegen.grouped import Arguments, unrepeated, with_calls
+from depthc.ir.axes.ops import argument
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.body import Body
 from depthc.ir.liveness import read_first
@@ -44,18 +44,7 @@ def flagged(program: Program) -> Program:
 
 def _with_flag(block: Block, nodes: Sequence[fx.Node]) -> tuple[Block, tuple[int, ...]]:
     """The block with the flag, without the side inputs that only masks read; and which those were."""
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in (*block.body.placeholders, *block.body.nodes):
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node in nodes:
-            rows = _unrepeated(block, node)
-            read = [copies[source] for source in rows or node.args[:3]]  # type: ignore[index]
-            scale, shared = argument(copies[node], 6, "scale"), bool(rows) or argument(node, 7, "enable_gqa", False)
-            copies[node].args = (*read, None, argument(copies[node], 4, "dropout_p", 0.0), True)
-            given = {"scale": scale, "enable_gqa": shared or None}
-            copies[node].kwargs = {name: value for name, value in given.items() if value is not None}
-    graph.output(tuple(copies[node] for node in block.body.results))
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph, copies = with_calls(block.body, {node: _by_flag(block, node) for node in nodes})
     values = block.body.placeholders_of("value")
     unread = tuple(i for i, node in enumerate(values) if i >= block.carries and node.users and not copies[node].users)
     for i in unread:
@@ -63,29 +52,18 @@ def _with_flag(block: Block, nodes: Sequence[fx.Node]) -> tuple[Block, tuple[int
     return replace(block, body=Body(graph)), unread
 
 
-def _unrepeated(block: Block, node: fx.Node) -> list[fx.Node] | None:
-    """Queries, keys and values of an op whose key heads were repeated for its query heads, as they were before.
+def _by_flag(block: Block, node: fx.Node) -> Arguments:
+    """The arguments of an attention op with its flag.
 
-    In half precision only: in single precision no fast kernel shares key heads.
+    In half precision, key heads are not repeated: in single precision no fast kernel shares them.
     """
-    query, *rows = node.args[:3]
-    found = [_repeats(block, row) for row in rows]  # type: ignore[arg-type]
     stream = block.body.inputs_of("value")[0].type
     half = isinstance(stream, Type) and stream.dtype in (torch.bfloat16, torch.float16)
-    return [query, *found] if half and None not in found else None  # type: ignore[list-item]
-
-
-def _repeats(block: Block, node: fx.Node) -> fx.Node | None:
-    """x, if a node is x [batch, heads, tokens, features] with every head several times."""
-    chain = [node]
-    for name in ("reshape", "expand", "unsqueeze"):
-        if op_name(chain[-1]) not in (name, {"reshape": "view"}.get(name, name)):
-            return None
-        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
-    made, wide, thin, source = (analyse(block).probe.shape(n) for n in chain)
-    batch, heads, *rest = source
-    repeated = wide == (batch, heads, wide[2], *rest) and thin == (batch, heads, 1, *rest)
-    return chain[-1] if repeated and made == (batch, heads * wide[2], *rest) else None
+    rows = unrepeated(block, node) if half else None
+    scale, shared = argument(node, 6, "scale"), rows is not None or argument(node, 7, "enable_gqa", False)
+    given = {"scale": scale, "enable_gqa": shared or None}
+    args = *(rows or node.args[:3]), None, argument(node, 4, "dropout_p", 0.0), True
+    return args, {name: value for name, value in given.items() if value is not None}
 
 
 def _dropping(stack: Stack, dropped: Mapping[str, tuple[int, ...]]) -> Stack:

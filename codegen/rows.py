@@ -27,6 +27,7 @@ from depthc.ir.axes.ports import ports_of
 from depthc.ir.program import Block, Kv
 from depthc.ir.rows.execution import Cache
 from depthc.ir.rows.fitting import Attend
+from depthc.ir.rows.rings import Rings
 from depthc.ir.rows.run import prepare, run_rows
 from depthc.ir.sizes import Size
 from depthc.ir.types import Type
@@ -71,8 +72,8 @@ class RowsLowering:
         causal: Sequence[bool],
         training: bool,
         device: torch.device,
-        inplace: bool = False,
-        **rows: Tensor | Sequence[Tensor | None] | None,
+        rings: Rings | None = None,
+        **rows: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
         """See `depthc.ir.rows.run.run_rows`."""
         ruler = None if length is None else carries[0].new_empty((length, 0))  # a size that is passed as a tensor
@@ -84,7 +85,7 @@ class RowsLowering:
             block,
             tuple(consts),
             tuple([plan.mode for plan in kv]),
-            inplace,
+            rings,
             ordered,
             tuple(causal),
             training,
@@ -104,9 +105,8 @@ class RowsLowering:
 
 def _structure(tensors: Arguments) -> tuple[Any, ...]:
     """How many tensors of each kind there are: what tells calls with the same leaves apart."""
-    each = tuple([isinstance(tensors[name], Sequence) for name in _ROW_SIZES])
     caches = tuple([None if cache is None else len(cache) for cache in tensors["caches"]])
-    return len(tensors["carries"]), len(tensors["sides"]), len(tensors["params"]), caches, each
+    return len(tensors["carries"]), len(tensors["sides"]), len(tensors["params"]), caches
 
 
 def _kind(leaf: Any) -> Any:
@@ -121,7 +121,7 @@ class Way:
     block: Block
     consts: tuple[float, ...]
     modes: tuple[str, ...]
-    inplace: bool
+    rings: Rings | None
     ordered: bool
     causal: tuple[bool, ...]
     training: bool
@@ -131,7 +131,7 @@ class Way:
 
     @property
     def options(self) -> tuple[Any, ...]:
-        modes = self.modes, self.inplace, self.ordered, self.causal, self.training
+        modes = self.modes, self.rings, self.ordered, self.causal, self.training
         return self.consts, *modes, str(self.device), self.cast
 
     def autocast(self) -> torch.autocast:
@@ -151,7 +151,7 @@ class Way:
             consts=self.consts,
             kv=self.plans,
             length=None if ruler is None else ruler.shape[0],
-            inplace=self.inplace,
+            rings=self.rings,
             ordered=self.ordered,
             causal=self.causal,
             attend=self.attend,
@@ -187,7 +187,7 @@ def trace_rows(
         shapes.append(shape)
         return flat
 
-    examples = pytree.tree_leaves(_Examples(way.block, tensors).all())
+    examples = pytree.tree_leaves(_Examples(way, tensors).all())
     graph = traced(run, [example for example in examples if example is not None], way.autocast(), decompositions)
     graph.eliminate_dead_code()
     return fx.GraphModule(nn.Module(), graph), shapes[-1]
@@ -243,8 +243,9 @@ def _apart(block: Block) -> dict[int, int]:
 class _Examples:
     """Examples for the tensors of a real call, in their structure: sizes that may vary are replaced by chosen ones."""
 
-    def __init__(self, block: Block, tensors: Arguments) -> None:
-        self.block, self.tensors, self.axes = block, tensors, analyse(block)
+    def __init__(self, way: Way, tensors: Arguments) -> None:
+        self.block = block = way.block
+        self.tensors, self.rings, self.axes = tensors, way.rings, analyse(block)
         self.inputs = block.body.inputs_of("value")
         names = sorted({n for i in self.inputs if isinstance(i.type, Type) for n in i.type.size_names()} - {"b"})
         self.hints = _hints(names, {size for size, now in self._sizes() if now != 1})
@@ -297,8 +298,6 @@ class _Examples:
         return Example(torch.zeros(shape, dtype=tensor.dtype, device=tensor.device), dims)
 
     def _rows(self, tensor: Any, count: int) -> Any:
-        if isinstance(tensor, Sequence):  # one a port
-            return tuple(self._rows(own, _keys_of(port)) for port, own in enumerate(tensor))
         return None if tensor is None else self._made(tensor, {0: _BATCH, 1: self.apart[count]})
 
     def _cache(self, port: int, cache: Cache | None) -> tuple[Example, ...] | None:
@@ -310,14 +309,12 @@ class _Examples:
         """An example of a cached tensor: its batch and its keys may be merged with other dimensions."""
         names = {size: name for name, size in self.axes.probe.sizes.items()}
         axis = ports_of(self.block)[port].axis
-        own = self.tensors["key_positions"]
-        keys = (
-            self.hints.get(names.get(axis.size, ""), axis.size)
-            if axis.kind != "key"
-            else self.apart[_keys_of(port) if isinstance(own, Sequence) else _KEYS]
-            if own is not None
-            else self._length
-        )
+        if axis.kind != "key":
+            keys = self.hints.get(names.get(axis.size, ""), axis.size)
+        elif self.rings is not None:
+            keys = self.apart[_keys_of(port)]
+        else:
+            keys = self._length if self.tensors["key_positions"] is None else self.apart[_KEYS]
         wanted: dict[int, int] = {}
         for d, dim in enumerate(cached.label):
             factor = 1

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depthc.codegen import few_rows
 from depthc.codegen.causal import flagged
+from depthc.codegen.grouped import grouped
+from depthc.codegen.kernels.decode_attention import attend
 from depthc.codegen.module import DepthModule
 from depthc.codegen.rows import RowsLowering
 from depthc.ir.errors import IncrementalError, InputError
@@ -24,11 +27,12 @@ from depthc.ir.incremental import Past
 from depthc.ir.plans import plan_of
 from depthc.ir.program import Call, Merge, On, Program, Select, Stack
 from depthc.ir.recurrent import last_stack
+from depthc.ir.rows.rings import Rings, write_rows
 from depthc.ir.sections import Section
 from depthc.ir.side_by_side import independent
 from depthc.ir.signature import bind, unbind
 from depthc.ir.text.functions import walk
-from depthc.runtime.fixed import Fixed, FixedLastStack, FixedSections, Memory, ring_sizes, rings_at
+from depthc.runtime.fixed import Fixed, FixedLastStack, FixedSections, Memory
 from depthc.runtime.generate import Slots, scoring, slots_of
 from depthc.runtime.hoist import Hoisted
 from depthc.runtime.together import FixedTogether, runs_together
@@ -49,6 +53,7 @@ class Decoder:
         together: run stacks that share their layers as one batch; else, and where they do not, they are branches of
             the graph.
         recurrent: see `generate`.
+        kernels: attention to caches by a kernel of this package, where it applies.
 
     Attributes:
         logits: [batch, vocabulary], those behind the last token so far. A step writes over them where a graph is held.
@@ -79,8 +84,9 @@ class Decoder:
         graph: bool | None = None,
         together: bool = True,
         recurrent: bool = False,
+        kernels: bool = True,
     ) -> None:
-        self.program = flagged(scoring(model.program if isinstance(model, DepthModule) else model))
+        self.program = grouped(flagged(scoring(model.program if isinstance(model, DepthModule) else model)))
         self.plan, self.length, self.place = plan_of(self.program), length, prompt.shape[1]
         _require_fixed_shapes(self.program)
         if not 0 < self.place <= length:
@@ -106,12 +112,14 @@ class Decoder:
         self._tensors = self.program.signature.flatten(*unbind(self.program.signature.parameters, arguments))
         last = last_stack(self.program) if recurrent else None
         self._new_steps = self._steps_of_sections(together and not recurrent)
-        compiler = torch.compile if compile else lambda function: function
+        rows = len(prompt) * (len(self.sections) if self.together else 1)
+        compiler = _compiler(rows) if compile else lambda function: function
         self._memory = Memory(
             torch.full((1, 1), self.place - 1, device=prompt.device),
             RowsLowering(compiler),
             WeightParams(self.program),
-            compiler(partial(rings_at, self._ring_sizes())),
+            compiler(write_rows),
+            Rings(attend if kernels else None),
             Hoisted(slots.tokens),
             [torch.cuda.Stream() for _ in self.sections] if prompt.is_cuda else (),
         )
@@ -193,10 +201,6 @@ class Decoder:
         self._past = replace(self._past, caches={}, stream=None)  # they have been taken over
         return self.program.signature.unflatten(steps.values)[:, -1]  # type: ignore[no-any-return]
 
-    def _ring_sizes(self) -> set[int]:
-        every = [(op, self.program.blocks[op.block]) for op, _ in walk(self.program.stacks) if isinstance(op, Call)]
-        return {self.length, *(n for op, block in every for n in ring_sizes(self.plan, op, block, self.length))}
-
     def _require_agreement(self) -> None:
         """What a step makes of the prompt's last token is what the prompt did.
 
@@ -234,6 +238,10 @@ class Decoder:
             found = self._advance()
         found.copy_(self.logits)
         self.logits = found
+
+
+def _compiler(rows: int) -> Callable[..., Any]:
+    return few_rows.compiled if rows <= few_rows.FEW else torch.compile
 
 
 def _side_by_side(program: Program) -> tuple[Stack, tuple[Section, ...], range] | None:

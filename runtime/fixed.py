@@ -5,11 +5,11 @@ Whatever runs them again at another place, a CUDA graph too, gets that token's r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from depthc.ir.program import Block, Call, Kv, Segment
 from depthc.ir.recurrent import LastStack
 from depthc.ir.rows.execution import Cache
 from depthc.ir.rows.gather import Rows
+from depthc.ir.rows.rings import Rings
 from depthc.ir.sections import Section, lagged_ports
 from depthc.ir.side_by_side import Alone, Sections, late_carries, made_by
 from depthc.ir.steps import Kept, Steps
@@ -29,35 +30,6 @@ from depthc.ir.tokens import TokenSet
 from depthc.runtime.hoist import Hoisted
 
 _ALIGNED = 8  # rows of a mask, where attention is fast
-
-
-class Ring(NamedTuple):
-    """The tokens of a cache in which the row of a token is its place modulo the number of rows.
-
-    Attributes:
-        positions, valid: [1, rows], the places of the tokens, and which rows hold one.
-        row: [1], that of the token at hand.
-    """
-
-    positions: Tensor
-    valid: Tensor
-    row: Tensor
-
-
-def rings_at(rows: Collection[int], place: Tensor) -> dict[int, Ring]:
-    """Rings of given numbers of rows when the token at `place` [1, 1] has been written.
-
-    Example:
-        >>> ring = rings_at([4], torch.tensor([[5]]))[4]
-        >>> ring.positions.tolist(), ring.row.tolist()
-        ([[4, 5, 2, 3]], [1])
-    """
-    return {count: _ring_at(count, place) for count in rows}
-
-
-def _ring_at(count: int, place: Tensor) -> Ring:
-    behind = (place - torch.arange(count, device=place.device)[None]) % count
-    return Ring((place - behind).clamp(min=0), behind <= place, place[0] % count)
 
 
 def ring_sizes(plan: Plan, op: Segment | Call, block: Block, length: int) -> list[int]:
@@ -73,7 +45,8 @@ class Memory:
 
     Attributes:
         place: int[1, 1], where the token at hand is.
-        run_rows, param, rings: run blocks, give parameters, and the rings of a place.
+        run_rows, param, write: run blocks, give parameters, and write rows into rings.
+        rings: see `depthc.ir.rows.rings`.
         hoisted: runs what stands in front of the layers.
         streams: one a section that runs beside others; none on a CPU.
         static: what the ports of every application keep, by its name; written over.
@@ -83,7 +56,8 @@ class Memory:
     place: Tensor
     run_rows: Callable[..., Any]
     param: Callable[[str], Tensor]
-    rings: Callable[[Tensor], Mapping[int, Ring]]
+    write: Callable[..., Any]
+    rings: Rings
     hoisted: Hoisted
     streams: Sequence[torch.cuda.Stream] = ()
     static: dict[str, list[Cache | None]] = field(default_factory=dict)
@@ -96,7 +70,6 @@ class Fixed(Steps):
     def __init__(self, memory: Memory, *given: Any) -> None:
         super().__init__(*given)
         self.memory, self.place, self.fresh = memory, memory.place, 1
-        self.rings = memory.rings(memory.place)
         self.run_rows, self.evaluator.param = memory.run_rows, memory.param
 
     def whole(self, op: Segment | Call, site: str, indices: Mapping[str, int]) -> None:
@@ -115,15 +88,7 @@ class Fixed(Steps):
         return plans, Kept(tuple(self._kept(op, block, self._slot(op, site, indices))), self._nothing())
 
     def _kept_rows(self, block: Block, kept: Kept) -> dict[str, Any]:
-        rings = [
-            self.rings[cache[0].shape[own[0].dim]] if cache and not port.cross else None
-            for port, own, cache in zip(ports_of(block), cached_of(block), kept.caches, strict=True)
-        ]
-        return {
-            "key_positions": [ring and ring.positions for ring in rings],
-            "key_valid": [ring and ring.valid for ring in rings],
-            "inplace": True,
-        }
+        return {"rings": self.memory.rings}
 
     def _store(
         self, op: Segment | Call, block: Block, plans: Sequence[Kv], kept: Kept, site: str, indices: Mapping[str, int]
@@ -168,9 +133,8 @@ class FixedAlone(Alone, Fixed):
     def show(self, op: Call, site: str, indices: Mapping[str, int]) -> None:
         layouts = cached_of(self.program.blocks[op.block])
         for port in lagged_ports(self.program, op):
-            rows = self.shown(op, port, indices)
-            for cache, row, c in zip(self.memory.static[site][port] or (), rows, layouts[port], strict=True):
-                cache.index_copy_(c.dim, self.rings[cache.shape[c.dim]].row, row)
+            dims = [c.dim for c in layouts[port]]
+            self.memory.write(self.memory.static[site][port] or (), self.shown(op, port, indices), dims, self.place)
 
 
 class FixedSections(Sections, FixedAlone):

@@ -176,7 +176,7 @@ class Routed:
             "key_positions": None,
             "key_valid": None,
         }
-        way = Way(block, consts, (), False, True, (), False, torch.device("cpu"), None, None)
+        way = Way(block, consts, (), None, True, (), False, torch.device("cpu"), None, None)
         made = traced_again(lambda table: trace_rows(way, tensors, table)[0])
         output = next(n for n in reversed(made.graph.nodes) if n.op == "output")
         output.args = (output.args[0][: len(block.body.results)],)  # not what a cache would keep

@@ -14,8 +14,9 @@ from depthc.ir.axes.ops import FILLS, Slot, map_operands, op_name
 from depthc.ir.rows import varlen
 from depthc.ir.rows.extents import Extents
 from depthc.ir.rows.fitting import Attend, Fitting
-from depthc.ir.rows.gather import Reader, Rows, append_rows, overwrite_rows, write_row
+from depthc.ir.rows.gather import Reader, Rows, append_rows, overwrite_rows
 from depthc.ir.rows.packing import PADDED, Packing
+from depthc.ir.rows.rings import Rings, ring, write_rows
 from depthc.ir.rows.schedule import HERE, Frame, Schedule, Source
 
 Cache = tuple[Tensor, ...]
@@ -30,8 +31,8 @@ class Execution:
         caches: one a port.
         positions, valid: of the rows at hand.
         slots: where packed rows are among the padded ones that `positions` and `valid` speak of; None: they are padded.
-        keys: of the rows in the caches, one a port; a cache of fewer rows holds the last of them.
-        inplace: whether the row at hand, one and the same in all batch rows, is written into the caches given.
+        keys: of the rows in the caches; a cache of fewer rows holds the last of them.
+        rings: given, caches are rings, written over.
         ordered: whether positions ascend.
         causal: of every port, whether its mask is known to be causality and no more; empty: of none.
         length: the number of all tokens, if it is known.
@@ -46,8 +47,8 @@ class Execution:
         positions: Tensor | None,
         valid: Tensor | None,
         slots: Tensor | None,
-        keys: Sequence[Rows],
-        inplace: bool,
+        keys: Rows,
+        rings: Rings | None,
         ordered: bool,
         causal: Sequence[bool],
         length: int | None,
@@ -55,7 +56,7 @@ class Execution:
     ) -> None:
         body = schedule.axes.block.body
         self.schedule, self.axes, self.caches, self.causal = schedule, schedule.axes, caches, causal
-        self.inplace = inplace
+        self.rings = rings
         self.feeds = dict(zip(body.placeholders, feeds, strict=True))
         self.full: dict[fx.Node, Any] = dict(self.feeds)
         self.values: dict[tuple[fx.Node, Frame], Any] = {}
@@ -68,8 +69,8 @@ class Execution:
         self.padded = PADDED if self.packing else HERE
         for port, source in enumerate(schedule.sources):
             if not schedule.ports[port].cross:
-                self.frames[port] = self._keys(port, source, keys[port])
-        self.fitting = Fitting(schedule, self.sizes, ordered, attend)
+                self.frames[port] = self._keys(port, source, keys)
+        self.fitting = Fitting(schedule, self.sizes, ordered, attend, rings)
         for node in body.placeholders_of("value")[: self.axes.block.carries]:
             self.values[node, HERE] = self.feeds[node]
 
@@ -79,6 +80,9 @@ class Execution:
         if source == "own" or cache is None:
             return here
         count = cache[0].shape[self.schedule.cached[port][0].dim]
+        if self.rings is not None:
+            assert here.positions is not None
+            return ring(count, here.positions)
         kept = keys.last(count)
         return kept.followed_by(here, self.sizes.batch, cache[0].device) if source == "append" else kept
 
@@ -126,12 +130,11 @@ class Execution:
         if source == "append":
             return append_rows(old, new, cached.dim)
         here, keys = self.frames[HERE], self.frames[port]
+        if self.rings is not None:
+            return write_rows([old], [new], [cached.dim], here.index(new.device))[0]
         slots = here.index(new.device)
         if keys.positions is not None:
             slots = (keys.positions[:, None, :] == slots[:, :, None]).int().argmax(-1)
-        if self.inplace:
-            write_row(old, new, slots[0], cached.dim)
-            return old
         sizes = self.sizes.here(port, port), self.sizes.here(HERE, self.padded)
         return overwrite_rows(old, new, cached.label, self.axes.batch, self.axes.token, slots, here.valid, sizes)
 

@@ -16,6 +16,7 @@ from depthc.ir.axes.labels import Atom, Label, kinds_in
 from depthc.ir.axes.ops import argument, op_name
 from depthc.ir.rows.extents import Extents
 from depthc.ir.rows.gather import Rows, place_mask
+from depthc.ir.rows.rings import Rings
 from depthc.ir.rows.schedule import HERE, Frame, Schedule
 
 aten = torch.ops.aten
@@ -32,9 +33,17 @@ _ADDITIVE = {"sum"}
 class Fitting:
     """Adapts the arguments of ops to their frames."""
 
-    def __init__(self, schedule: Schedule, sizes: Extents, ordered: bool, attend: Attend | None = None) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        sizes: Extents,
+        ordered: bool,
+        attend: Attend | None = None,
+        rings: Rings | None = None,
+    ) -> None:
         self.schedule, self.axes, self.sizes, self.ordered = schedule, schedule.axes, sizes, ordered
         self.attend = attend
+        self.attend_ring = None if rings is None else rings.attend
 
     def target(self, node: fx.Node, frame: Frame, args: list[Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """Adapt `args` and `kwargs` in place; returns what to call with them."""
@@ -47,7 +56,8 @@ class Fitting:
         if name == "slice":
             self._slice(node, frame, port, args)
         elif self.axes.kinds.get(node) == "fused":
-            return self._by_position(node, port, args, kwargs) or self._attention(node, port, args, kwargs)
+            one = self._by_position(node, port, args, kwargs) or self._to_ring(node, port, args, kwargs)
+            return one or self._attention(node, port, args, kwargs)
         elif port != HERE and not self.schedule.ports[port].cross:
             self._scores(node, frame, port, args)
         return node.target  # type: ignore[return-value]
@@ -82,6 +92,21 @@ class Fitting:
         if function is None or keys.positions is not None:
             return None
         args[3:] = [here.positions.expand(self.sizes.batch, -1), here.valid, keys.valid, argument(node, 6, "scale")]
+        kwargs.clear()
+        return function
+
+    def _to_ring(
+        self, node: fx.Node, port: Frame, args: list[Any], kwargs: dict[str, Any]
+    ) -> Callable[..., Any] | None:
+        """Attention of the token at hand to the rows of a ring as one function, if there is one."""
+        plain = all(is_plain(self.schedule, source) for source in node.args[:3])  # type: ignore[arg-type]
+        if self.attend_ring is None or not plain or argument(node, 4, "dropout_p", 0.0) != 0.0:
+            return None
+        function = self.attend_ring(*args[:3])
+        if function is None:
+            return None
+        mask = kwargs.pop("attn_mask", None) if len(args) < 4 else args[3]
+        args[3:] = [mask, self.sizes.frames[HERE].positions, argument(node, 6, "scale")]
         kwargs.clear()
         return function
 

@@ -195,17 +195,6 @@ def append_rows(old: Tensor, new: Tensor, dim: int) -> Tensor:
     return torch.cat([old, new], dim)
 
 
-@torch.library.custom_op("depthc::write_row", mutates_args=("cache",))
-def write_row(cache: Tensor, row: Tensor, at: Tensor, dim: int) -> None:
-    """Write one row into a cache: `row` is as the cache is, but of size 1 at `dim`; `at` [1] is its place there."""
-    cache.index_copy_(dim, at, row)
-
-
-@write_row.register_fake
-def _(cache: Tensor, row: Tensor, at: Tensor, dim: int) -> None:
-    return None
-
-
 def overwrite_rows(
     old: Tensor,
     new: Tensor,

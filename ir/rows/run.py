@@ -18,6 +18,7 @@ from depthc.ir.program import Block, Kv
 from depthc.ir.rows.execution import Cache, Execution
 from depthc.ir.rows.fitting import Attend
 from depthc.ir.rows.gather import Rows
+from depthc.ir.rows.rings import Rings
 from depthc.ir.rows.schedule import Schedule, Source, schedule_of
 
 
@@ -29,13 +30,13 @@ def run_rows(
     consts: Sequence[float] = (),
     *,
     positions: Tensor | None = None,
-    key_positions: Tensor | Sequence[Tensor | None] | None = None,
+    key_positions: Tensor | None = None,
     kv: Sequence[Kv] = (),
     caches: Sequence[Cache | None] = (),
     valid: Tensor | None = None,
     slots: Tensor | None = None,
-    key_valid: Tensor | Sequence[Tensor | None] | None = None,
-    inplace: bool = False,
+    key_valid: Tensor | None = None,
+    rings: Rings | None = None,
     ordered: bool = False,
     causal: Sequence[bool] = (),
     length: int | None = None,
@@ -50,15 +51,16 @@ def run_rows(
         sides: the block's other values at full length; they are read at the positions of the tokens.
         params, consts: the block's slots in order.
         positions: [batch, rows], or [1, rows] where all batch rows agree; None: the tokens 0, 1, 2, ...
-        key_positions: of the keys in `caches`, the same way; one a port, where ports keep different tokens.
+        key_positions: of the keys in `caches`, the same way.
         kv: one plan a port; empty: all fresh. `read` takes the keys of `caches`; `update` those, with the rows at hand
             replaced; `fresh` and `store` those at hand, after those of `caches` if there are any.
         caches: one a port, as an earlier call returned it; None where there is none.
         valid: [batch, rows]; rows that are not valid are never keys and are not written to caches.
         slots: [members] where the carries are packed, [1, members, ...]: the places of the valid rows in [batch, rows],
             flattened. Needs `positions` and `valid`, and a block that is `packable`; the results are packed too.
-        key_valid: [batch, keys], the same of the keys in `caches`; one a port as well.
-        inplace: caches of the plan `update` are written over, for one token that is the same in all batch rows.
+        key_valid: [batch, keys], the same of the keys in `caches`.
+        rings: given, caches are rings: `update` writes over them, for one token at the same place in all batch rows,
+            and which tokens they hold follows from that.
         ordered: promises that positions ascend in every batch row; then causal attention among the rows at hand keeps
             its flag, and its fast kernels.
         causal: promises of every port that its mask is causality and no more; then attention on packed rows need not
@@ -81,9 +83,8 @@ def run_rows(
     feeds = block.body.arrange(
         (*carries, *sides), params, consts, training=training, device=device or carries[0].device
     )
-    each = (_one_a_port(rows, len(stored)) for rows in (key_positions, key_valid))
-    keys = [Rows(0, *found) for found in zip(*each, strict=True)]
-    run = Execution(schedule, feeds, given, positions, valid, slots, keys, inplace, ordered, causal, length, attend)
+    keys = Rows(0, key_positions, key_valid)
+    run = Execution(schedule, feeds, given, positions, valid, slots, keys, rings, ordered, causal, length, attend)
     return run.results(), tuple(run.cache(port, own) for port, own in enumerate(stored))
 
 
@@ -101,10 +102,6 @@ def prepare(
     sources = tuple(_source(plan, cache) for plan, cache in zip(plans, given, strict=True))
     stored = tuple(plan.mode == "store" for plan in plans)
     return schedule_of(block, sources, stored), given, stored
-
-
-def _one_a_port(rows: Tensor | Sequence[Tensor | None] | None, ports: int) -> Sequence[Tensor | None]:
-    return [rows] * ports if rows is None or isinstance(rows, Tensor) else rows
 
 
 def _matched(block: Block, count: int, given: Sequence, default: object) -> tuple:
