@@ -1,51 +1,69 @@
-"""Products of few rows, as a step of decoding has them, compiled to sums that fuse with what stands around them.
+"""Compiling for a few rows, as a step of decoding has them: linear maps by a kernel that reads matrices at full speed.
 
-Such a product takes as long as reading its matrix does. A library's kernels for products take twice that and more, and
-the norm in front and the residual sum behind are further launches.
+Maps of the same rows, such as those to queries, keys and values, are one launch. Inductor compiles the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-FEW = 4  # beyond, products on tensor cores read the matrix once and sums do not
+from depthc.codegen.kernels.few_rows import FEW, MOST, applies
 
-aten = torch.ops.aten
+FEW_ROWS = torch.ops.depthc.few_rows.default
+_LINEAR = (torch.ops.aten.linear.default, torch.nn.functional.linear)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function through torch.compile, its products of at most `FEW` rows as sums."""
-    return torch.compile(function, backend=_inductor)  # type: ignore[no-any-return]
+def compiler(rows: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """torch.compile for functions without gradients; linear maps of so many rows by the kernel, where they are few."""
+    return partial(torch.compile, backend=_inductor) if rows <= FEW else torch.compile
 
 
 def _inductor(graph: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
-    # Coordinate descent finds how wide sums are best read; it is worth its time where steps are many.
-    patches = {"coordinate_descent_tuning": True}
-    table: dict[Any, Any] = {**select_decomp_table(), aten.mm.default: _mm, aten.addmm.default: _addmm}
-    return compile_fx(graph, examples, decompositions=table, config_patches=patches)  # type: ignore[return-value]
+    gathered(graph)
+    return compile_fx(graph, examples)  # type: ignore[return-value]
 
 
-def _mm(rows: Tensor, matrix: Tensor) -> Tensor:
-    return _sums(rows, matrix).to(rows.dtype) if _are_few(rows) else NotImplemented
+def gathered(graph: fx.GraphModule) -> None:
+    """Put the kernel in the place of linear maps of few rows, one launch for those of the same rows."""
+    for maps in list(_siblings(graph)):
+        matrices, *biases = zip(*(_weights(node) for node in maps), strict=True)
+        with graph.graph.inserting_before(maps[0]):
+            made = graph.graph.call_function(FEW_ROWS, (maps[0].args[0], list(matrices), list(*biases)))
+            parts = [graph.graph.call_function(getitem, (made, i)) for i in range(len(maps))]
+        for node, part in zip(maps, parts, strict=True):
+            node.replace_all_uses_with(part)
+            graph.graph.erase_node(node)
+    graph.recompile()
 
 
-def _addmm(bias: Tensor, rows: Tensor, matrix: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    plain = _are_few(rows) and (beta, alpha) == (1, 1)
-    return (bias + _sums(rows, matrix)).to(rows.dtype) if plain else NotImplemented
+def _siblings(graph: fx.GraphModule) -> Iterator[list[fx.Node]]:
+    """Linear maps that the kernel takes, those of the same rows together: all with a bias, or none."""
+    found: dict[tuple[Any, int], list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target in _LINEAR and _fits(node):
+            found.setdefault((node.args[0], len(_weights(node))), []).append(node)
+    for maps in found.values():
+        yield from (maps[at : at + MOST] for at in range(0, len(maps), MOST))
 
 
-def _are_few(rows: Tensor) -> bool:
-    return 0 < rows.shape[0] <= FEW
+def _fits(node: fx.Node) -> bool:
+    """Whether the kernel takes a linear map, by weights that are there from the beginning."""
+    rows, weights = node.args[0], _weights(node)
+    if node.kwargs or any(n.op != "placeholder" for n in weights):
+        return False
+    x, *given = (n.meta["example_value"] for n in (rows, *weights))  # type: ignore[union-attr]
+    known = all(isinstance(size, int) for size in x.shape)
+    return known and applies(x, given[:1], given[1:]) is None
 
 
-def _sums(rows: Tensor, matrix: Tensor) -> Tensor:
-    """The product in fp32, or more."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return (rows[:, :, None].to(wide) * matrix[None].to(wide)).sum(1)
+def _weights(node: fx.Node) -> list[fx.Node]:
+    """The matrix, and the bias if there is one."""
+    return [n for n in node.args[1:] if isinstance(n, fx.Node)]

@@ -113,7 +113,7 @@ class Decoder:
         last = last_stack(self.program) if recurrent else None
         self._new_steps = self._steps_of_sections(together and not recurrent)
         rows = len(prompt) * (len(self.sections) if self.together else 1)
-        compiler = _compiler(rows) if compile else lambda function: function
+        compiler = few_rows.compiler(rows) if compile else lambda function: function
         self._memory = Memory(
             torch.full((1, 1), self.place - 1, device=prompt.device),
             RowsLowering(compiler),
@@ -238,10 +238,6 @@ class Decoder:
             found = self._advance()
         found.copy_(self.logits)
         self.logits = found
-
-
-def _compiler(rows: int) -> Callable[..., Any]:
-    return few_rows.compiled if rows <= few_rows.FEW else torch.compile
 
 
 def _side_by_side(program: Program) -> tuple[Stack, tuple[Section, ...], range] | None:

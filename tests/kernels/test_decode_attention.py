@@ -68,7 +68,7 @@ def test_against_a_loop(
     assert applies(q, k, v) is None
     at = None if place is None else torch.tensor([[place]], device=DEVICE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(op, "SHORT", 0 if shared else 256)
+        patch.setattr(op, "SPLITS", 3 if shared else 1)
         found = decode_attention(q, k, v, mask=mask, place=at, scale=0.3)
     expected = looped(q, k, v, mask, place, 0.3)
     torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-4, atol=1e-5)

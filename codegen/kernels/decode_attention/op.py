@@ -14,8 +14,8 @@ from depthc.ir.errors import InputError
 
 LARGEST = 256  # features a head
 MOST = 65535  # sequences, and heads: what a grid has
-PROGRAMS = 264  # two for each of 132 multiprocessors; fixed, so that sums do not depend on the device
-SHORT = 256  # rows that one program takes: adding up shares would take longer than they do
+PROGRAMS = 1056  # eight for each of 132 multiprocessors; fixed, so that sums do not depend on the device
+SPLITS = 24  # for more, adding the shares up takes longer than they do
 
 
 def decode_attention(
@@ -108,14 +108,15 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(sequences: int, key_heads: int, size: int, features: int) -> Tiles:
-    """Enough shares to fill a GPU.
+    """As small tiles as there may be shares, else large ones.
 
     Example:
         >>> tiles_of(1, 5, 1032, 64), tiles_of(32, 8, 1032, 128), tiles_of(1, 5, 136, 64)
-        (Tiles(keys=64, share=64, splits=17), Tiles(keys=64, share=1088, splits=1), Tiles(keys=64, share=192, splits=1))
+        (Tiles(keys=64, share=64, splits=17), Tiles(keys=64, share=320, splits=4), Tiles(keys=16, share=16, splits=9))
     """
-    keys = 64 if features <= 128 else 32
-    wanted = 1 if size <= SHORT else max(1, PROGRAMS // (sequences * key_heads))
+    wanted = max(1, min(SPLITS, PROGRAMS // (sequences * key_heads)))
+    largest = 64 if features <= 128 else 32
+    keys = next((n for n in (16, 32) if n < largest and -(-size // n) <= wanted), largest)
     count = -(-size // keys)
     share = -(-count // wanted) * keys
     return Tiles(keys, share, -(-size // share))
@@ -145,6 +146,7 @@ def decode_attention_op(
         "WIDTH": width,
         "QUERIES": max(16, triton.next_power_of_2(heads // key_heads)),
         "KEYS": tiles.keys,
+        "num_warps": 2 if features <= 64 else 4,
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
     }
     with on(q):

@@ -1,0 +1,107 @@
+"""Linear maps of few rows as an op, for a step of decoding.
+
+Such a map takes as long as reading its matrix does. A library's kernels for products take two to eight times that,
+being made for many rows, and a launch for every map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from depthc.codegen.kernels.common import FLOATS, on, runs_on, side_by_side
+
+FEW = 4  # rows; for more, tensor cores are faster
+MOST = 3  # maps at once: query, key and value
+WIDEST = 16384  # features of a row, whose loop is unrolled
+_PROGRAMS = 264  # two for each of 132 multiprocessors
+_BLOCK = 1024  # features that a program multiplies at a time
+
+
+def few_rows_linear(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """`linear(rows, matrix, bias)` for each of some matrices, in one launch; summed in fp32, rounded once.
+
+    The kernel runs where `applies` has nothing against it and no gradient is wanted, else
+    `torch.nn.functional.linear` does.
+
+    Args:
+        rows: float32, bfloat16 or float16 [..., K], at most `FEW` rows of them.
+        matrices: [N, K] each, at most `MOST`.
+        biases: [N] each; none, or one a matrix.
+
+    Example:
+        >>> few_rows_linear(torch.tensor([[1.0, 2.0]]), [torch.eye(2), torch.ones(1, 2)])
+        [tensor([[1., 2.]]), tensor([[3.]])]
+    """
+    given = list(biases or [])
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *matrices, *given))
+    if wanted or applies(rows, matrices, given):
+        each: Sequence[Tensor | None] = given or [None] * len(matrices)
+        return [linear(rows, w, b) for w, b in zip(matrices, each, strict=True)]
+    return few_rows_op(rows, list(matrices), given)  # type: ignore[no-any-return]
+
+
+def applies(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> str | None:
+    """Why the kernel is not used, in words; None if it is.
+
+    Example:
+        >>> applies(torch.zeros(9, 8), [torch.zeros(4, 8)])
+        'there are 9 rows, more than 4'
+    """
+    given, count = (rows, *matrices, *biases), rows.shape[:-1].numel()
+    if rows.dtype not in FLOATS or any(t.dtype != rows.dtype for t in given):
+        return "the kernel takes float32, bfloat16 and float16, the same for rows, matrices and biases"
+    if not 0 < count <= FEW:
+        return f"there are {count} rows, more than {FEW}" if count else "there are no rows"
+    if not 0 < len(matrices) <= MOST:
+        return f"there are {len(matrices)} matrices, and one launch takes {MOST}"
+    if rows.shape[-1] > WIDEST:
+        return f"rows have {rows.shape[-1]} features, more than {WIDEST}"
+    if any(w.stride(1) != 1 for w in matrices) or any(b.stride(0) != 1 for b in biases):
+        return "features of a matrix do not lie side by side"
+    if any(w.shape[0] >= 2**31 or not w.numel() for w in matrices):
+        return "a matrix is empty, or has 2^31 rows or more"
+    return runs_on(*given)
+
+
+def tiles_of(rows: int, features: int, columns: int) -> dict[str, int]:
+    """How many columns a program makes, as long as there are programs enough, and how many features it reads at a time.
+
+    Example:
+        >>> tiles_of(1, 960, 960), tiles_of(3, 2560, 5120)
+        ({'ROWS': 1, 'OUT': 2, 'BLOCK': 1024, 'num_warps': 4}, {'ROWS': 4, 'OUT': 4, 'BLOCK': 512, 'num_warps': 4})
+    """
+    few = 1 << (rows - 1).bit_length()
+    out = next((n for n in (4, 2) if columns >= n * _PROGRAMS), 1)
+    block = min(1 << (features - 1).bit_length(), _BLOCK if few == 1 else _BLOCK // 2)
+    return {"ROWS": few, "OUT": out, "BLOCK": max(16, block), "num_warps": 4}
+
+
+@torch.library.custom_op("depthc::few_rows", mutates_args=())
+def few_rows_op(rows: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    """The results by the kernel."""
+    import triton
+
+    from depthc.codegen.kernels.few_rows.kernel import products_kernel
+
+    flat = side_by_side(rows.reshape(-1, rows.shape[-1]))
+    made, absent = _made(rows, matrices, biases), MOST - len(matrices)
+    tiles = tiles_of(flat.shape[0], flat.shape[1], sum(w.shape[0] for w in matrices))
+    counts = [w.shape[0] for w in matrices]
+    strides = [w.stride(0) for w in matrices]
+    none, nothing = [None] * len(matrices), [None] * absent
+    with on(rows):
+        products_kernel[(sum(triton.cdiv(n, tiles["OUT"]) for n in counts),)](
+            flat, *matrices, *nothing, *(biases or none), *nothing, *made, *nothing,
+            flat.stride(0), *strides, *[0] * absent, *counts, *[0] * absent, flat.shape[0],
+            MATRICES=len(matrices), K=flat.shape[1], **tiles,
+        )  # fmt: skip
+    return made
+
+
+@few_rows_op.register_fake
+def _made(rows: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+    return [rows.new_empty((*rows.shape[:-1], w.shape[0])) for w in matrices]

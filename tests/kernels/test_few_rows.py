@@ -1,0 +1,123 @@
+"""Linear maps of few rows: against sums in Python's fp64, one map and several, and in the place of maps of a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ahead import built
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.nn.functional import linear
+
+from depthc.codegen.few_rows import FEW_ROWS, gathered
+from depthc.codegen.kernels.few_rows import applies, few_rows_linear, op
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODULE = "depthc.codegen.kernels.few_rows.kernel"
+
+
+def looped(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    """Number by number."""
+    bias = [0.0] * len(w) if b is None else b.tolist()
+    sums = [[sum(map(float.__mul__, x, y)) + c for y, c in zip(w.tolist(), bias, strict=True)] for x in rows.tolist()]
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 70), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.booleans())
+def test_against_a_loop(count: int, features: int, columns: list[int], biased: bool) -> None:
+    """Rows and matrices that lie apart in memory, and more features than a program reads at a time."""
+    rows = torch.randn(count, features + 3, device=DEVICE)[:, :features]
+    matrices = [torch.randn(n, features + 5, device=DEVICE)[:, 2 : features + 2] for n in columns]
+    biases = [torch.randn(n, device=DEVICE) for n in columns] if biased else []
+    assert applies(rows, matrices, biases) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "_BLOCK", 32)
+        found = few_rows_linear(rows, matrices, biases)
+    for y, w, b in zip(found, matrices, biases or [None] * len(columns), strict=True):
+        torch.testing.assert_close(y.double().cpu(), looped(rows, w, b), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [300, 700, 2000])
+def test_programs_of_several_columns(columns: int) -> None:
+    rows, w = torch.randn(2, 1, 40, device=DEVICE), torch.randn(columns, 40, device=DEVICE)
+    torch.testing.assert_close(few_rows_linear(rows, [w, w[:7]]), [linear(rows, w), linear(rows, w[:7])])
+
+
+def test_runs_are_equal() -> None:
+    rows, w = torch.randn(3, 40, device=DEVICE), torch.randn(50, 40, device=DEVICE)
+    assert torch.equal(few_rows_linear(rows, [w])[0], few_rows_linear(rows, [w])[0])
+
+
+def test_what_does_not_apply() -> None:
+    """It runs all the same."""
+    rows, w = torch.randn(1, 8, device=DEVICE), torch.randn(6, 8, device=DEVICE)
+    cases: dict[str, tuple[Any, ...]] = {
+        "same for rows": (rows.double(), [w]),
+        "5 rows": (rows.expand(5, 8), [w]),
+        "no rows": (rows[:0], [w]),
+        "4 matrices": (rows, [w] * 4),
+        "side by side": (rows, [torch.randn(8, 6, device=DEVICE).T]),
+        "more than 16384": (torch.randn(1, 20000, device=DEVICE), [torch.randn(1, 20000, device=DEVICE)]),
+        "empty": (rows, [w[:0]]),
+    }
+    for why, (x, matrices) in cases.items():
+        assert why in str(applies(x, matrices)), why
+        if x.dtype == w.dtype:
+            expected = [linear(x, m) for m in matrices]
+            assert all(map(torch.equal, few_rows_linear(x, matrices), expected))
+    few_rows_linear(rows, [w.requires_grad_()])[0].sum().backward()
+    torch.testing.assert_close(w.grad, rows.expand(6, 8))
+
+
+class Siblings(nn.Module):
+    """Maps of the same rows, with biases and without; one of rows that a map made, and one by a computed matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.ModuleList([nn.Linear(8, n, bias=False) for n in (4, 8, 6, 5)])
+        self.biased = nn.ModuleList([nn.Linear(8, 3) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        made = [one(x) for one in (*self.plain, *self.biased)]
+        return [*made, self.plain[0](made[1]), linear(x, self.plain[0].weight * 2)]
+
+
+@pytest.mark.parametrize(("rows", "launches"), [(1, 4), (4, 4), (5, 0)])
+@torch.no_grad()
+def test_maps_of_a_graph(rows: int, launches: int) -> None:
+    """Three maps a launch, another for the fourth, one for those with biases, one for the map of other rows."""
+    torch.manual_seed(0)
+    model, x = Siblings().to(DEVICE), torch.randn(rows, 8, device=DEVICE)
+    expected = model(x)
+    made: list[fx.GraphModule] = []
+
+    def backend(graph: fx.GraphModule, _: Any) -> fx.GraphModule:
+        gathered(graph)
+        made.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(model, backend=backend)(x), expected)
+    assert sum(n.target is FEW_ROWS for n in made[0].graph.nodes) == launches
+
+
+@pytest.mark.slow
+def test_compiled_for_hopper() -> None:
+    """No spills, and 16-byte loads."""
+    builds = []
+    for rows in (1, 2, 4):
+        for features in (960, 2048, 5632):
+            tiles = op.tiles_of(rows, features, 4 * features)
+            options = {"num_warps": tiles.pop("num_warps")}
+            types = dict.fromkeys(("rows", "w0", "w1", "w2", "y0", "y1", "y2"), "*bf16")
+            types |= {f"{n}_stride": "i32 even" for n in ("row", "w0", "w1", "w2")}
+            constants = {"MATRICES": 3, "K": features, "b0": None, "b1": None, "b2": None, **tiles}
+            one = {"module": MODULE, "kernel": "products_kernel", "types": types}
+            builds.append({**one, "constants": constants, "options": options})
+    for build, found in zip(builds, built(builds), strict=True):
+        assert found["LOCAL"] == found["st.local"] == 0, build
+        assert found["ld.global.v4"] > 0, build
