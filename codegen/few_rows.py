@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from operator import getitem
+from operator import add, getitem
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from depthc.codegen.kernels.few_rows import FEW, MOST, applies
 
 FEW_ROWS = torch.ops.depthc.few_rows.default
+_ADD = (torch.ops.aten.add.Tensor, torch.add, add)
 _LINEAR = (torch.ops.aten.linear.default, torch.nn.functional.linear)
 
 
@@ -28,20 +29,36 @@ def _inductor(graph: fx.GraphModule, examples: list[Tensor]) -> Callable[..., An
     from torch._inductor.compile_fx import compile_fx
 
     gathered(graph)
-    return compile_fx(graph, examples)  # type: ignore[return-value]
+    # Such kernels take as long as their launch does: those that do not wait for each other become one.
+    return compile_fx(graph, examples, config_patches={"combo_kernels": True})  # type: ignore[return-value]
 
 
 def gathered(graph: fx.GraphModule) -> None:
     """Put the kernel in the place of linear maps of few rows, one launch for those of the same rows."""
     for maps in list(_siblings(graph)):
         matrices, *biases = zip(*(_weights(node) for node in maps), strict=True)
-        with graph.graph.inserting_before(maps[0]):
-            made = graph.graph.call_function(FEW_ROWS, (maps[0].args[0], list(matrices), list(*biases)))
+        added, ends = _residual(maps)
+        with graph.graph.inserting_before(ends[0]):
+            made = graph.graph.call_function(FEW_ROWS, (maps[0].args[0], list(matrices), list(*biases), added))
             parts = [graph.graph.call_function(getitem, (made, i)) for i in range(len(maps))]
-        for node, part in zip(maps, parts, strict=True):
+        for node, part in zip(ends, parts, strict=True):
             node.replace_all_uses_with(part)
+        for node in dict.fromkeys([*ends, *maps]):
             graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _residual(maps: list[fx.Node]) -> tuple[fx.Node | None, list[fx.Node]]:
+    """What is added to the result of a map and nothing else is made of, and the sum; no such thing, and the maps."""
+    user = next(iter(maps[0].users), None)
+    if len(maps) > 1 or len(maps[0].users) != 1 or user is None or user.target not in _ADD or user.kwargs:
+        return None, maps
+    others = [n for n in user.args if n is not maps[0]]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None, maps
+    x, y = (n.meta["example_value"] for n in (others[0], maps[0]))
+    alike = isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
+    return (others[0], [user]) if alike else (None, maps)
 
 
 def _siblings(graph: fx.GraphModule) -> Iterator[list[fx.Node]]:

@@ -45,6 +45,8 @@ def test_against_a_loop(count: int, features: int, columns: list[int], biased: b
 def test_programs_of_several_columns(columns: int) -> None:
     rows, w = torch.randn(2, 1, 40, device=DEVICE), torch.randn(columns, 40, device=DEVICE)
     torch.testing.assert_close(few_rows_linear(rows, [w, w[:7]]), [linear(rows, w), linear(rows, w[:7])])
+    residual = torch.randn(2, columns, 1, device=DEVICE).mT
+    torch.testing.assert_close(few_rows_linear(rows, [w], None, residual), [linear(rows, w) + residual])
 
 
 def test_runs_are_equal() -> None:
@@ -74,7 +76,7 @@ def test_what_does_not_apply() -> None:
 
 
 class Siblings(nn.Module):
-    """Maps of the same rows, with biases and without; one of rows that a map made, and one by a computed matrix."""
+    """Maps of the same rows, with biases and without; of other rows; by a computed matrix; with a residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,13 +85,17 @@ class Siblings(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         made = [one(x) for one in (*self.plain, *self.biased)]
-        return [*made, self.plain[0](made[1]), linear(x, self.plain[0].weight * 2)]
+        other = self.plain[0](made[1])
+        return [*made, other, linear(x, self.plain[0].weight * 2), x + self.plain[1](made[1] * 2), x + made[1]]
 
 
-@pytest.mark.parametrize(("rows", "launches"), [(1, 4), (4, 4), (5, 0)])
+@pytest.mark.parametrize(("rows", "launches"), [(1, 5), (4, 5), (5, 0)])
 @torch.no_grad()
 def test_maps_of_a_graph(rows: int, launches: int) -> None:
-    """Three maps a launch, another for the fourth, one for those with biases, one for the map of other rows."""
+    """Three maps a launch, another for the fourth, one for those with biases, and one each for maps of other rows.
+
+    The sum of a map that is used elsewhere stays a sum.
+    """
     torch.manual_seed(0)
     model, x = Siblings().to(DEVICE), torch.randn(rows, 8, device=DEVICE)
     expected = model(x)
@@ -102,7 +108,9 @@ def test_maps_of_a_graph(rows: int, launches: int) -> None:
 
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(model, backend=backend)(x), expected)
-    assert sum(n.target is FEW_ROWS for n in made[0].graph.nodes) == launches
+    found = [n for n in made[0].graph.nodes if n.target is FEW_ROWS]
+    assert len(found) == launches
+    assert sum(n.args[3] is not None for n in found) == (launches > 0)
 
 
 @pytest.mark.slow
@@ -115,7 +123,7 @@ def test_compiled_for_hopper() -> None:
             options = {"num_warps": tiles.pop("num_warps")}
             types = dict.fromkeys(("rows", "w0", "w1", "w2", "y0", "y1", "y2"), "*bf16")
             types |= {f"{n}_stride": "i32 even" for n in ("row", "w0", "w1", "w2")}
-            constants = {"MATRICES": 3, "K": features, "b0": None, "b1": None, "b2": None, **tiles}
+            constants = {"MATRICES": 3, "K": features, "added": None, "b0": None, "b1": None, "b2": None, **tiles}
             one = {"module": MODULE, "kernel": "products_kernel", "types": types}
             builds.append({**one, "constants": constants, "options": options})
     for build, found in zip(builds, built(builds), strict=True):

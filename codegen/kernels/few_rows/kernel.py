@@ -13,11 +13,11 @@ import triton.language as tl
 
 @triton.jit
 def products_kernel(
-    rows, w0, w1, w2, b0, b1, b2, y0, y1, y2,
+    rows, added, w0, w1, w2, b0, b1, b2, y0, y1, y2,
     row_stride, w0_stride, w1_stride, w2_stride, n0, n1, n2, count,
     MATRICES: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = rows w' + b for each of up to three matrices w [n, K]; a program makes OUT columns of one y."""
+    """y = rows w' + b + added for each of up to three matrices w [n, K]; a program makes OUT columns of one y."""
     tile = tl.program_id(0)
     w, b, y, stride, n = w0, b0, y0, w0_stride, n0
     if MATRICES > 1:
@@ -44,4 +44,7 @@ def products_kernel(
     if b is not None:
         made += tl.load(b + at, mask=at < n, other=0.0).to(tl.float32)[None, :]
     wanted = (which < count)[:, None] & (at < n)[None, :]
-    tl.store(y + which[:, None] * n + at[None, :], made.to(y.dtype.element_ty), mask=wanted)
+    place = which[:, None] * n + at[None, :]
+    if added is not None:
+        made += tl.load(added + place, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(y + place, made.to(y.dtype.element_ty), mask=wanted)

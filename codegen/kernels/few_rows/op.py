@@ -7,6 +7,7 @@ being made for many rows, and a launch for every map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ _PROGRAMS = 264  # two for each of 132 multiprocessors
 _BLOCK = 1024  # features that a program multiplies at a time
 
 
-def few_rows_linear(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """`linear(rows, matrix, bias)` for each of some matrices, in one launch; summed in fp32, rounded once.
+def few_rows_linear(
+    rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor] | None = None, added: Tensor | None = None
+) -> list[Tensor]:
+    """`linear(rows, matrix, bias) + added` for each of some matrices, in one launch; summed in fp32, rounded once.
 
     The kernel runs where `applies` has nothing against it and no gradient is wanted, else
     `torch.nn.functional.linear` does.
@@ -31,17 +34,20 @@ def few_rows_linear(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[T
         rows: float32, bfloat16 or float16 [..., K], at most `FEW` rows of them.
         matrices: [N, K] each, at most `MOST`.
         biases: [N] each; none, or one a matrix.
+        added: [..., N], to the result of a single matrix: a residual stream.
 
     Example:
         >>> few_rows_linear(torch.tensor([[1.0, 2.0]]), [torch.eye(2), torch.ones(1, 2)])
         [tensor([[1., 2.]]), tensor([[3.]])]
     """
     given = list(biases or [])
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *matrices, *given))
+    inputs = [rows, *matrices, *given, *([] if added is None else [added])]
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if wanted or applies(rows, matrices, given):
         each: Sequence[Tensor | None] = given or [None] * len(matrices)
-        return [linear(rows, w, b) for w, b in zip(matrices, each, strict=True)]
-    return few_rows_op(rows, list(matrices), given)  # type: ignore[no-any-return]
+        made = [linear(rows, w, b) for w, b in zip(matrices, each, strict=True)]
+        return made if added is None else [y + added for y in made]
+    return few_rows_op(rows, list(matrices), given, added)  # type: ignore[no-any-return]
 
 
 def applies(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> str | None:
@@ -81,27 +87,30 @@ def tiles_of(rows: int, features: int, columns: int) -> dict[str, int]:
 
 
 @torch.library.custom_op("depthc::few_rows", mutates_args=())
-def few_rows_op(rows: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+def few_rows_op(rows: Tensor, matrices: list[Tensor], biases: list[Tensor], added: Tensor | None) -> list[Tensor]:
     """The results by the kernel."""
     import triton
 
     from depthc.codegen.kernels.few_rows.kernel import products_kernel
 
     flat = side_by_side(rows.reshape(-1, rows.shape[-1]))
-    made, absent = _made(rows, matrices, biases), MOST - len(matrices)
-    tiles = tiles_of(flat.shape[0], flat.shape[1], sum(w.shape[0] for w in matrices))
-    counts = [w.shape[0] for w in matrices]
-    strides = [w.stride(0) for w in matrices]
-    none, nothing = [None] * len(matrices), [None] * absent
+    made, (count, features) = _made(rows, matrices), flat.shape
+    columns, strides = [w.shape[0] for w in matrices], [w.stride(0) for w in matrices]
+    tiles, none = tiles_of(count, features, sum(columns)), [None] * MOST
+
+    def three(given: Sequence[Any], absent: Sequence[Any] = none) -> list[Any]:
+        return [*given, *absent[len(given) :]]
+
     with on(rows):
-        products_kernel[(sum(triton.cdiv(n, tiles["OUT"]) for n in counts),)](
-            flat, *matrices, *nothing, *(biases or none), *nothing, *made, *nothing,
-            flat.stride(0), *strides, *[0] * absent, *counts, *[0] * absent, flat.shape[0],
-            MATRICES=len(matrices), K=flat.shape[1], **tiles,
+        products_kernel[(sum(triton.cdiv(n, tiles["OUT"]) for n in columns),)](
+            flat, added if added is None else added.contiguous(),
+            *three(matrices), *three(biases), *three(made),
+            flat.stride(0), *three(strides, [0] * MOST), *three(columns, [0] * MOST), count,
+            MATRICES=len(matrices), K=features, **tiles,
         )  # fmt: skip
     return made
 
 
 @few_rows_op.register_fake
-def _made(rows: Tensor, matrices: list[Tensor], biases: list[Tensor]) -> list[Tensor]:
+def _made(rows: Tensor, matrices: list[Tensor], *_: object) -> list[Tensor]:
     return [rows.new_empty((*rows.shape[:-1], w.shape[0])) for w in matrices]
