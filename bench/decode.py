@@ -41,7 +41,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {  # a recipe, and options of
 FASTEST = ("separate, window 128",)
 WIDTHS = {960: Sizes(960, 15, 5, 2560), 2048: Sizes(2048, 16, 8, 5632)}
 GAIN = {960: 1.45, 2048: 1.3}  # at a batch of one
-VOCABULARY, LIMIT = 512, 280
+VOCABULARY, LIMIT = 512, 150
 BACKEND = "inductor"
 
 

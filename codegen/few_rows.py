@@ -42,6 +42,7 @@ def gathered(graph: fx.GraphModule) -> None:
             made = graph.graph.call_function(FEW_ROWS, (maps[0].args[0], list(matrices), list(*biases), added))
             parts = [graph.graph.call_function(getitem, (made, i)) for i in range(len(maps))]
         for node, part in zip(ends, parts, strict=True):
+            part.meta = dict(node.meta)
             node.replace_all_uses_with(part)
         for node in dict.fromkeys([*ends, *maps]):
             graph.graph.erase_node(node)

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn.functional import linear
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import depthc
 from depthc.codegen.few_rows import FEW_ROWS, gathered
 from depthc.codegen.kernels.few_rows import applies, few_rows_linear, op
 
@@ -85,11 +87,13 @@ class Siblings(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         made = [one(x) for one in (*self.plain, *self.biased)]
-        other = self.plain[0](made[1])
-        return [*made, other, linear(x, self.plain[0].weight * 2), x + self.plain[1](made[1] * 2), x + made[1]]
+        other, stream = self.plain[0](made[1]), x
+        for factor in (2, 3):  # each a residual of the other
+            stream = stream + self.plain[1](stream * factor)
+        return [*made, other, linear(x, self.plain[0].weight * 2), stream, x + made[1]]
 
 
-@pytest.mark.parametrize(("rows", "launches"), [(1, 5), (4, 5), (5, 0)])
+@pytest.mark.parametrize(("rows", "launches"), [(1, 6), (4, 6), (5, 0)])
 @torch.no_grad()
 def test_maps_of_a_graph(rows: int, launches: int) -> None:
     """Three maps a launch, another for the fourth, one for those with biases, and one each for maps of other rows.
@@ -110,7 +114,35 @@ def test_maps_of_a_graph(rows: int, launches: int) -> None:
     torch.testing.assert_close(torch.compile(model, backend=backend)(x), expected)
     found = [n for n in made[0].graph.nodes if n.target is FEW_ROWS]
     assert len(found) == launches
-    assert sum(n.args[3] is not None for n in found) == (launches > 0)
+    assert sum(n.args[3] is not None for n in found) == (2 if launches else 0)
+
+
+@pytest.mark.parametrize("recipe", ["identity", "stagger(window=3)", "stagger(shared=True)"])
+@torch.no_grad()
+def test_a_decoder(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All linear maps of the layers and the head are the kernel's, with Inductor and, without a GPU, without it."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, _, **options: graph)
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False)
+    model, tokens = LlamaForCausalLM(config).to(DEVICE).eval(), torch.randint(31, (1, 6), device=DEVICE)
+    made = depthc.compile(model, recipe, kwargs={"input_ids": tokens.expand(2, -1)}).eval()
+    for param in made.parameters():
+        param.add_(0.05 * torch.randn_like(param))  # cross-attention starts at zero
+    expected = made(input_ids=tokens).logits
+    launched: list[int] = []
+    monkeypatch.setattr(op, "_PROGRAMS", 1)  # fewer programs are interpreted sooner
+    tiles = op.tiles_of
+    monkeypatch.setattr(op, "tiles_of", lambda *sizes: launched.append(sizes[0]) or tiles(*sizes))
+    decoder = depthc.Decoder(made, tokens[:, :4], 6, compile=True, graph=False)
+    for at in range(4, 6):
+        launched.clear()
+        torch.testing.assert_close(decoder.step(tokens[:, at : at + 1]), expected[:, at], rtol=1e-4, atol=1e-4)
+        # A layer has 4 launches, the head one; a crossing 2, and what is shown to it one.
+        layers = {"identity": [1] * 9, "stagger(window=3)": [1] * (9 + 3), "stagger(shared=True)": [2] * 8}[recipe]
+        assert sorted(launched) == sorted(layers + [1] * 7 * (recipe == "stagger(shared=True)"))
 
 
 @pytest.mark.slow
