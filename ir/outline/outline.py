@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from depthc.ir.body import reached
 from depthc.ir.dominators import PostDominators
 from depthc.ir.errors import OutlineError
 from depthc.ir.graph.trace import Trace
@@ -42,7 +43,7 @@ def outline(trace: Trace) -> tuple[Tower, ...]:
     """
     order = {n: i for i, n in enumerate(trace.graph.nodes) if n.op != "output"}
     search = _Search(trace, order)
-    for root in _roots(trace, order):
+    for root in search.roots():
         search.below(root)
     for tower in search.towers:  # grows: what leads into a tower, though long skips may lead past it
         search.below(tower.layers[0].start)
@@ -57,42 +58,34 @@ def outline(trace: Trace) -> tuple[Tower, ...]:
     return tuple(sorted(search.towers, key=lambda t: order[t.layers[0].end]))
 
 
-def _roots(trace: Trace, order: dict[fx.Node, int]) -> list[fx.Node]:
-    """The outputs, the one with most ops behind it first."""
-    output = next(n for n in reversed(trace.graph.nodes) if n.op == "output")
-    sizes = {n: len(_behind(n)) for n in output.all_input_nodes if is_data(n)}
-    return sorted(sizes, key=lambda n: (-sizes[n], order[n]))
-
-
-def _behind(node: fx.Node) -> set[fx.Node]:
-    """All data nodes that a node depends on, itself included."""
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(data_inputs(current))
-    return seen
-
-
 class _Search:
     def __init__(self, trace: Trace, order: dict[fx.Node, int]) -> None:
         self.trace, self.order = trace, order
         self.towers: list[Tower] = []
         self.covered: set[fx.Node] = set()
+        self.reads = {n: data_inputs(n) for n in order}
         self.live = self._depends_on_arguments()
+
+    def roots(self) -> list[fx.Node]:
+        """The outputs, the one with most ops behind it first."""
+        output = next(n for n in reversed(self.trace.graph.nodes) if n.op == "output")
+        sizes = {n: len(self._behind(n)) for n in output.all_input_nodes if is_data(n)}
+        return sorted(sizes, key=lambda n: (-sizes[n], self.order[n]))
+
+    def _behind(self, node: fx.Node) -> set[fx.Node]:
+        """All data nodes that a node depends on, itself included."""
+        return reached([node], self.reads.__getitem__)
 
     def _depends_on_arguments(self) -> set[fx.Node]:
         live: set[fx.Node] = set()
         for node in self.order:
-            if is_data(node) and ("value" in node.meta or any(n in live for n in data_inputs(node))):
+            if is_data(node) and ("value" in node.meta or any(n in live for n in self.reads[node])):
                 live.add(node)
         return live
 
     def below(self, root: fx.Node) -> None:
         """Add the towers on the chains that lead to `root`, longest coverage first."""
-        tree = PostDominators(list(self.order), root, data_inputs)
+        tree = PostDominators(list(self.order), root, self.reads.__getitem__)
         finder = SpanFinder(self.trace, tree, self.order)
         while True:
             best: list[list[Span]] = []
@@ -116,7 +109,7 @@ class _Search:
         leaf = max(free, key=lambda n: (self._free_depth(tree, n), -self.order[n]))
         kinds = Counter(str(self.trace.type_of(n)) for n in tree.chain(leaf))
         stream = kinds.most_common(1)[0][0]
-        behind = _behind(leaf) & self.live - self.covered
+        behind = self._behind(leaf) & self.live - self.covered
         others = sorted(free if any_type else behind, key=self.order.__getitem__)
         heads = [leaf, *(n for n in others if any_type or str(self.trace.type_of(n)) == stream)]
         seen: set[fx.Node] = set()
