@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch import config as functorch
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from depthc.codegen.cpp import shared_units
 from depthc.ir.body import Body, interpret
 from depthc.ir.errors import CaptureError
 from depthc.ir.evaluate import Evaluator
@@ -55,6 +57,7 @@ class AheadProgram:
             CaptureError: a number that varies flows from one part of the program to another.
         """
         functions: dict[Any, _Function] = {}
+        results: dict[Any, tuple[Any, ...]] = {}
         varying: dict[str, frozenset[int]] = {}
 
         def note(body: Body, inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -63,15 +66,20 @@ class AheadProgram:
             places = varying[body.certificate]
             key = (body.certificate, *_surroundings(self.device), *_kinds(inputs, places))
             function = functions.setdefault(key, _Function(body, tuple(inputs), places, *_surroundings(self.device)))
-            function.follows.update(at for at, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad)
+            follows = frozenset(at for at, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad)
+            function.follows |= follows
             self._sites.append(function)
-            return interpret(body, inputs)
+            found = results.get((key, follows)) or interpret(body, inputs)
+            if all(isinstance(x, Tensor) for x in found):  # without data: those of one application serve the next
+                results[key, follows] = found
+            return found
 
         # Composite ops decompose by their Python forms, which leave sizes symbols; in C++ some ask for the numbers.
         with self.mode, enable_python_dispatcher():
             self._run(values, param, note)
-        for function in functions.values():
-            function.compile(self.mode, self.device, symbol, self._compile)
+        with shared_units():  # long bodies first: their kernels are compiled during the short ones
+            for function in sorted(functions.values(), key=lambda f: -len(f.body.nodes)):
+                function.compile(self.mode, self.device, symbol, self._compile)
         self.compiled = len(functions)
 
     def __call__(
@@ -129,6 +137,7 @@ class _Function:
         numbers = [symbol(s) for s in self.symbols]
         with (
             tracing(TracingContext(mode)),
+            functorch.patch(force_non_lazy_backward_lowering=True),
             torch.set_grad_enabled(self.grad),
             torch.autocast(device.type, enabled=self.cast),
         ):
