@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from depthc.checkpoint import load
 from depthc.codegen.ahead import AheadProgram
+from depthc.codegen.early import start_early
 from depthc.codegen.lazy import LazyProgram
 from depthc.ir.errors import CheckpointError, DepthError, InputError, RecipeError, StateDictError
 from depthc.ir.graph.dynamo import DynamoTrace, trace_dynamo
@@ -88,7 +89,10 @@ def backend(
     chosen = _options(options)
     recipe = recipe_of(chosen.recipe, {})
     compile = _compiler(chosen.inner, mode)
-    require_gpus({value.device for value in inputs if isinstance(value, Tensor)}, chosen.inner)
+    devices = {value.device for value in inputs if isinstance(value, Tensor)}
+    require_gpus(devices, chosen.inner)
+    if chosen.inner == "inductor" and torch.device("cpu") in devices:
+        start_early()
     try:
         return _compiled(graph, inputs, chosen, recipe, compile)
     except DepthError as error:
