@@ -66,6 +66,7 @@ def in_a_process(script: str, arguments: list[str], limit: int, fresh: bool = Tr
     with tempfile.TemporaryDirectory() as cache:
         empty = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache + "/triton"}
         empty |= {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+        empty |= {"TMPDIR": cache}  # where Inductor keeps compiled headers, whatever its own variables say
         environment = os.environ | (empty if fresh else {})
         command = [sys.executable, script, *arguments]
         try:
