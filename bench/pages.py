@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pages_compositions import compositions
+from pages_decode import decode
 from pages_routing import routing
 from pages_training import training
 from tables import Report, markdown, origin
@@ -68,6 +69,7 @@ TABLES: dict[str, dict[str, Callable[[Report], str]]] = {
     "doors.md": {"backend": backend},
     "kernels.md": {"routing": routing},
     "composition.md": {"compositions": compositions},
+    "stagger.md": {"decode": decode},
 }
 
 

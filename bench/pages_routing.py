@@ -76,7 +76,7 @@ def _beside(row: Row) -> list[str]:
     """The memory of a training."""
     if row["settings"]["kind"] != "whole":
         return []
-    memory = {name: held for name, held in row["memory"].items() if name not in ("vanilla", "eager")}
+    memory = {name: held for name, held in row["memory"].items() if name not in ("vanilla", "dense", "eager")}
     if not memory or "vanilla" not in row["memory"]:
         return ["", ""]
     name = min(memory, key=lambda one: mean(row["times"].get(one, [float("inf")])))

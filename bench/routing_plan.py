@@ -126,8 +126,10 @@ def _tokens(training: bool) -> Row:
 
 
 def _whole() -> Row:
-    memory = Asked(tuple(f"memory, {one}" for one in OURS), "memory, vanilla", 0.75)
-    asked = (Asked(OURS, "vanilla by FLOPs", 1 / 0.95), memory, Asked(OURS, "eager", 0.5))
+    memory = tuple(f"memory, {one}" for one in OURS)
+    asked = tuple(Asked(OURS, f"{peer} by FLOPs", 1 / 0.95) for peer in ("vanilla", "dense"))
+    asked += tuple(Asked(memory, f"memory, {peer}", 0.75) for peer in ("vanilla", "dense"))
+    asked += (Asked(OURS, "eager", 0.5),)
     return Row("MoR-3", "whole", SIZES[960], layers=32, training=True, limit=500, rounds=6, asked=asked)
 
 

@@ -53,12 +53,12 @@ def measure(row: Row, place: Place) -> dict[str, Any]:
         ids = torch.randint(vocabulary, (s.batch, s.tokens))
     captured = depthc.capture(model, kwargs={"input_ids": ids})
     module = routed_by(RECIPE, captured, training=True)
-    whole = Whole(model, module, ids, place)
+    whole = Whole(model, depthc.compile(captured, "identity").train(), module, ids, place)
     race = Race(clock_of(row, place, began)).run(whole.variants())
     vanilla, routed = whole.operations(captured), whole.operations(module.program)
     others = {f"memory, {name}": float(held) for name, held in whole.memory.items()}
-    if "vanilla" in race.times:
-        others["vanilla by FLOPs"] = race.median("vanilla") * routed / vanilla
+    for name in {"vanilla", "dense"} & race.times.keys():
+        others[f"{name} by FLOPs"] = race.median(name) * routed / vanilla
     text = str(module.explain_kernels())
     found = judged(race, row.asked, flops=routed, moved=0.0, floor=routed / FLOPS, choices=text, others=others)
     speed = {name: s.batch * s.tokens / race.median(name) for name in race.times}
@@ -72,14 +72,15 @@ class Whole:
         memory: the most bytes that a variant held at once, its parameters and their optimizer included.
     """
 
-    def __init__(self, model: nn.Module, module: DepthModule, ids: Tensor, place: Place) -> None:
-        self.model, self.module, self.ids, self.place = model, module, ids, place
+    def __init__(self, model: nn.Module, identity: DepthModule, module: DepthModule, ids: Tensor, place: Place) -> None:
+        self.model, self.identity, self.module, self.ids, self.place = model, identity, module, ids, place
         self.memory: dict[str, int] = {}
         self.loss = place.compiled(_summed)
 
     def variants(self) -> Variants:
-        """The model, and the module as one graph, by bodies, and eager."""
-        found = {"vanilla": self.vanilla, "whole": self.whole, "bodies": self.bodies, "eager": self.eager}
+        """The model, by torch.compile and by depthc with the same kernels; the module as one graph, by bodies, eager."""
+        found = {"vanilla": self.vanilla, "dense": self.dense}
+        found |= {"whole": self.whole, "bodies": self.bodies, "eager": self.eager}
         return {name: (lambda name=name, make=make: self._weighed(name, make)) for name, make in found.items()}
 
     def _weighed(self, name: str, make: Callable[[], Ready]) -> Ready:
@@ -99,6 +100,11 @@ class Whole:
         model = copy.deepcopy(self.model)
         run = self.place.compiled(lambda ids: model(input_ids=ids).last_hidden_state)
         return self.training(model, lambda ids: (run(ids), None), dict(model.named_parameters())[EMBEDDING])
+
+    def dense(self) -> Ready:
+        module = copy.deepcopy(self.identity)
+        self.place.compile(module)
+        return self.of_depthc(module, lambda ids: (module(input_ids=ids).last_hidden_state, None))
 
     def eager(self) -> Ready:
         module = self.copied(kernels=False)

@@ -1,0 +1,34 @@
+"""The tables of docs/stagger.md, of the results of bench/decode.py."""
+
+from __future__ import annotations
+
+from statistics import mean
+from typing import Any
+
+from tables import Report, markdown, origin
+
+Row = dict[str, Any]
+
+
+def decode(report: Report) -> str:
+    """Microseconds of a step, what staggering gains, and the floors."""
+    rows: dict[str, Row] = {name: row for name, row in report["rows"].items() if "times" in row}
+    variants = list(dict.fromkeys(variant for row in rows.values() for variant in row["times"]))
+    lines = [[variant, *(_cell(row, variant) for row in rows.values())] for variant in variants]
+    asked = [
+        [name, one["best"], f"{1 / one['most']:.2f}", f"{1 / one['ratio']:.2f}"]
+        for name, row in rows.items()
+        for one in row["asked"]
+        if one["ratio"]
+    ]
+    parts = [origin(report), markdown(["microseconds of a step (floor)", *rows], lines)]
+    return "\n\n".join([*parts, markdown(["row", "variant", "gain asked", "gain found"], asked)])
+
+
+def _cell(row: Row, variant: str) -> str:
+    """A time, by how much it is less than the original's, and the floor."""
+    if variant not in row["times"]:
+        return ""
+    own, original = mean(row["times"][variant]), mean(row["times"]["original"])
+    gain = "" if variant == "original" else f", {original / own:.2f}x"
+    return f"{1e6 * own:.0f}{gain} ({1e6 * row['floors'][variant]:.0f})"
