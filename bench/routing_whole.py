@@ -78,7 +78,7 @@ class Whole:
         self.loss = place.compiled(_summed)
 
     def variants(self) -> Variants:
-        """The model, by torch.compile and by depthc with the same kernels; the module as one graph, by bodies, eager."""
+        """The model by torch.compile and by depthc with the same kernels; the module whole, by bodies and eager."""
         found = {"vanilla": self.vanilla, "dense": self.dense}
         found |= {"whole": self.whole, "bodies": self.bodies, "eager": self.eager}
         return {name: (lambda name=name, make=make: self._weighed(name, make)) for name, make in found.items()}
