@@ -20,6 +20,10 @@ from depthc.ir.errors import InputError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODULE = "depthc.codegen.kernels.decode_attention.kernel"
+RECIPES = [
+    "stagger(window=3)",
+    *(pytest.param(r, marks=pytest.mark.thorough) for r in ("identity", "stagger(shared=True)")),
+]
 KINDS = ("none", "bool", "float", "bool a head")
 
 
@@ -55,7 +59,7 @@ def made(batch: int, groups: int, key_heads: int, size: int, features: int, kind
     return q, k, v, mask
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 2), st.integers(1, 3), st.integers(1, 2), st.integers(1, 150), st.sampled_from((5, 16, 24)),
     st.sampled_from(KINDS), st.one_of(st.none(), st.integers(0, 200)), st.booleans(),
@@ -129,7 +133,7 @@ def test_shapes_that_do_not_fit() -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU: test_gpu_decode.py")
-@pytest.mark.parametrize("recipe", ["identity", "stagger(window=3)", "stagger(shared=True)"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @torch.no_grad()
 def test_a_decoder(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every attention to a cache is the kernel's, and the logits are those of the whole sequence."""

@@ -17,6 +17,10 @@ import depthc
 from depthc.codegen.few_rows import FEW_ROWS, gathered
 from depthc.codegen.kernels.few_rows import applies, few_rows_linear, op
 
+RECIPES = [
+    "stagger(shared=True)",
+    *(pytest.param(r, marks=pytest.mark.thorough) for r in ("identity", "stagger(window=3)")),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODULE = "depthc.codegen.kernels.few_rows.kernel"
 
@@ -28,7 +32,7 @@ def looped(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return torch.tensor(sums, dtype=torch.float64)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 70), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.booleans())
 def test_against_a_loop(count: int, features: int, columns: list[int], biased: bool) -> None:
     """Rows and matrices that lie apart in memory, and more features than a program reads at a time."""
@@ -43,7 +47,7 @@ def test_against_a_loop(count: int, features: int, columns: list[int], biased: b
         torch.testing.assert_close(y.double().cpu(), looped(rows, w, b), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("columns", [300, 700, 2000])
+@pytest.mark.parametrize("columns", [300, 700, pytest.param(2000, marks=pytest.mark.thorough)])
 def test_programs_of_several_columns(columns: int) -> None:
     rows, w = torch.randn(2, 1, 40, device=DEVICE), torch.randn(columns, 40, device=DEVICE)
     torch.testing.assert_close(few_rows_linear(rows, [w, w[:7]]), [linear(rows, w), linear(rows, w[:7])])
@@ -117,7 +121,7 @@ def test_maps_of_a_graph(rows: int, launches: int) -> None:
     assert sum(n.args[3] is not None for n in found) == (2 if launches else 0)
 
 
-@pytest.mark.parametrize("recipe", ["identity", "stagger(window=3)", "stagger(shared=True)"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @torch.no_grad()
 def test_a_decoder(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All linear maps of the layers and the head are the kernel's, with Inductor and, without a GPU, without it."""
