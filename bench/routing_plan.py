@@ -121,7 +121,7 @@ def _shared(training: bool) -> Row:
 
 
 def _tokens(training: bool) -> Row:
-    asked = (Asked(("bodies",), "dense", 1.15),)
+    asked = (Asked(OURS, "dense", 1.15),)
     return Row(f"token choice, {'training' if training else 'forward'}", "tokens", training=training, asked=asked)
 
 

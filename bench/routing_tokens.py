@@ -40,6 +40,7 @@ def measure(row: Row, place: Place) -> dict[str, Any]:
         "eager": partial(choice.depthc, False, False),
         "packed by hand": choice.by_hand,
         "bodies": partial(choice.depthc, True, True),
+        "whole": choice.whole,
         f"bodies, {PLAIN}": partial(choice.depthc, True, False),
     }
     race = Race(clock_of(row, place, began)).run(variants)
@@ -62,7 +63,7 @@ class Choice:
             self.cos, self.sin = stack.tables(stack.embed(ids))
 
     def depthc(self, compiled: bool, kernels: bool) -> Ready:
-        """The module itself. Only the data say how many rows there are, so no graph holds the whole of it."""
+        """The module itself. Only the data say how many rows there are, and the host waits for them."""
         module = copy.deepcopy(self.module)
         if not kernels:
             module.kernels = ()
@@ -70,6 +71,14 @@ class Choice:
             self.place.compile(module, dynamic=None)  # the data decide how many rows there are
         given = [module.parameter_of(ROUTER), *(p for _, p in module.named_parameters() if p.requires_grad)]
         return ready(module, self.ids, given, self.row.training)
+
+    def whole(self) -> Ready:
+        """One graph of the module: rows are packed at the size of all tokens, and nothing waits for their number."""
+        module = copy.deepcopy(self.module)
+        module.bounded = True
+        module(self.ids)  # rows are traced before the whole is
+        given = [module.parameter_of(ROUTER), *(p for _, p in module.named_parameters() if p.requires_grad)]
+        return ready(self.place.compiled(lambda ids: module(ids)), self.ids, given, self.row.training)
 
     def dense(self, counts: list[int]) -> Ready:
         """The layers on as many tokens, one recursion after the other."""

@@ -50,6 +50,9 @@ class DepthModule(Checkpointing, nn.Module):
         add_losses: whether a training forward adds the auxiliary losses to the loss that the model returns.
         selection: "inference" (causal) or "training" (top-k): how `eval()` selects tokens. Top-k sees the whole
             sequence: it is for measurements and is not causal.
+        bounded: whether sets whose size the data decide (thresholds, depths that tokens choose) are packed at the size
+            of all tokens. Then nothing waits for the data: a CUDA graph can hold a run, and torch.compile makes one
+            graph of the module. It takes the memory of all tokens, and products skip what is no member on new GPUs.
     """
 
     accepts_loss_kwargs = False  # the Trainer scales losses by gradient accumulation, auxiliary ones as well
@@ -58,7 +61,7 @@ class DepthModule(Checkpointing, nn.Module):
         super().__init__()
         program = settle(program, copies=False)
         self.recipe, self.history = recipe or Recipe(), history
-        self.add_losses, self.selection = False, "inference"
+        self.add_losses, self.selection, self.bounded = False, "inference", False
         self._kernels = frozenset(KERNELS)
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         values = WeightParams(program)
@@ -202,6 +205,7 @@ class DepthModule(Checkpointing, nn.Module):
             self.program, self.parameter_of, device, self.training, self._run_body, self.selection, self._step
         )
         evaluator.run_rows, evaluator.kernels = self._rows, self._kernels
+        evaluator.bounded = self.bounded
         evaluator.combines, evaluator.scores = self._combines, self._scores
         if self._checkpoint is not None and self.training:
             evaluator.run_rows = partial(self._checkpoint, self._rows)

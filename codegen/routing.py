@@ -69,6 +69,57 @@ class Tokens(TokenSet):
         return self.by_rows and stream.shape[:2] == self.mask.shape and not runs_on(stream)
 
 
+class Bounded(Tokens):
+    """A set that is packed at the size of all tokens: members first, then the others, which need not be computed.
+
+    So nothing waits for how many members there are, a CUDA graph may hold what is done with them, and a compiler sees
+    the whole as one graph. It takes the memory of all tokens.
+    """
+
+    bounded = True
+
+    @property
+    def ragged(self) -> bool:
+        """Rows are packed, those of a single sequence too."""
+        return True
+
+    @found_once
+    def width(self) -> int:
+        """See `TokenSet.width`."""
+        return self.mask.shape[1]
+
+    @found_once
+    def positions(self) -> Tensor:
+        """All positions."""
+        return torch.arange(self.mask.shape[1], device=self.mask.device).expand_as(self.mask)
+
+    @found_once
+    def valid(self) -> Tensor:
+        """Which positions are members."""
+        return self.mask
+
+    @found_once
+    def places(self) -> Tensor:
+        """[batch * tokens]: where each member is among all tokens, flattened, and then each other token."""
+        return torch.sort((~self.mask).flatten().to(torch.int8), stable=True).indices
+
+    @found_once
+    def slots(self) -> Tensor:
+        """See `TokenSet.slots`: the rows of `positions` are all tokens."""
+        return self.places
+
+    @found_once
+    def packed_inverse(self) -> Tensor:
+        """See `Tokens.packed_inverse`."""
+        among = torch.arange(self.mask.numel(), device=self.mask.device) < self.mask.sum()
+        return inverse_of(self.places[None], self.mask.numel(), among[None])
+
+    def unpack(self, stream: Tensor, packed: Tensor) -> Tensor:
+        """See `TokenSet.unpack`; the rows of other tokens are not put back."""
+        rows = packed[0][self.places.argsort()].to(stream.dtype).unflatten(0, stream.shape[:2])
+        return torch.where(self.mask.view(*self.mask.shape, *(1,) * (stream.dim() - 2)), rows, stream)
+
+
 class KernelEvaluator(Evaluator):
     """Evaluates with the kernels that are on and apply.
 
@@ -76,10 +127,12 @@ class KernelEvaluator(Evaluator):
         kernels: those that are on, of `KERNELS`.
         scores: how linear routers read their stream, by the certificate of their body.
         combines: what merges compute, as options of the op, by the certificate of their body.
+        bounded: whether sets whose size the data decide are packed at the size of all tokens.
         made: what blocks and merges made, by name: memory that was not there before.
     """
 
     kernels: Collection[str] = ()
+    bounded: bool = False
     scores: Mapping[str, scoring.Options] = {}
     combines: Mapping[str, Options] = {}
 
@@ -99,6 +152,8 @@ class KernelEvaluator(Evaluator):
         found = super().select(op, values, indices)
         if found.everyone or isinstance(found, Tokens):
             return found
+        if self.bounded and found.count is None and found.most is None:
+            return Bounded(found.mask, by_rows="rows" in self.kernels)
         return Tokens(found.mask, found.count, found.most, by_rows="rows" in self.kernels)
 
     def _best(self, score: Tensor, among: TokenSet, of: TokenSet, capacity: float) -> TokenSet:

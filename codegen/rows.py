@@ -73,6 +73,7 @@ class RowsLowering:
         training: bool,
         device: torch.device,
         rings: Rings | None = None,
+        counted: bool = False,
         **rows: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
         """See `depthc.ir.rows.run.run_rows`."""
@@ -92,6 +93,7 @@ class RowsLowering:
             device,
             cast,
             self.attend,
+            counted,
         )
         leaves = pytree.tree_leaves(tensors)
         key = (block.body.certificate, block.carries, *way.options, _structure(tensors), tuple(map(_kind, leaves)))
@@ -128,10 +130,11 @@ class Way:
     device: torch.device
     cast: torch.dtype | None  # of autocast, if that is on
     attend: Attend | None
+    counted: bool = False
 
     @property
     def options(self) -> tuple[Any, ...]:
-        modes = self.modes, self.rings, self.ordered, self.causal, self.training
+        modes = self.modes, self.rings, self.ordered, self.causal, self.training, self.counted
         return self.consts, *modes, str(self.device), self.cast
 
     def autocast(self) -> torch.autocast:
@@ -155,6 +158,7 @@ class Way:
             ordered=self.ordered,
             causal=self.causal,
             attend=self.attend,
+            counted=self.counted,
             training=self.training,
             device=self.device,
             **given,

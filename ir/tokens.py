@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class TokenSet:
     mask: Tensor
     count: int | None = None
     most: int | None = None
+    bounded: ClassVar[bool] = False  # whether packed rows go on behind the members, up to the number of all tokens
     found: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # properties that were asked for
 
     @property

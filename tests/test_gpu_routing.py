@@ -87,6 +87,43 @@ def test_inference_in_a_graph(kv: str) -> None:
             assert torch.equal(made[0], module(input_ids=tokens(seed)).logits)
 
 
+def choosing(dtype: torch.dtype = torch.bfloat16) -> DepthModule:
+    """Token choice: three depths, of which tokens take any."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False)
+    model = LlamaForCausalLM(config).to("cuda", dtype)
+    return depthc.compile(model, "mor_token", kwargs={"input_ids": tokens(0)}, sharing="cycle", std=2.0, balance=0.0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("form", ["eager", "whole"])
+def test_depths_that_tokens_choose_in_a_graph(training: bool, form: str) -> None:
+    """Nothing waits for how many there are; the library's products and attention leave the others out."""
+    torch.compiler.reset()
+    module, ids = choosing().train(training), tokens(0)
+    params = [p for p in module.parameters() if p.requires_grad]
+    module.bounded, run = True, module
+
+    def once(run: Callable[..., Any], ids: Tensor) -> list[Tensor]:
+        if training:
+            return step(run, ids, params)
+        with torch.no_grad():
+            return [run(input_ids=ids).logits]
+
+    once(module, ids)  # rows are traced before the whole is
+    if form == "whole":
+        run = torch.compile(module, fullgraph=True)  # type: ignore[assignment]
+    graph, made = captured(lambda: once(run, ids))
+    for seed in (1, 2):
+        ids.copy_(tokens(seed))
+        graph.replay()
+        module.bounded = False
+        for found, wanted in zip(made, once(module, tokens(seed)), strict=True):
+            assert (found - wanted).norm() <= 3e-2 * wanted.norm()
+        module.bounded = True
+
+
 @pytest.mark.parametrize("kv", KEYS)
 @pytest.mark.parametrize("form", ["eager", "bodies", "whole"])
 def test_errors_are_at_most_twice_those_of_plain_torch(kv: str, form: str) -> None:

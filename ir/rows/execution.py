@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from depthc.ir.axes.caches import Cached
 from depthc.ir.axes.labels import Label, kinds_in
 from depthc.ir.axes.ops import FILLS, Slot, map_operands, op_name
-from depthc.ir.rows import varlen
+from depthc.ir.rows import counted, varlen
 from depthc.ir.rows.extents import Extents
 from depthc.ir.rows.fitting import Attend, Fitting
 from depthc.ir.rows.gather import Reader, Rows, append_rows, overwrite_rows
@@ -37,6 +37,7 @@ class Execution:
         causal: of every port, whether its mask is known to be causality and no more; empty: of none.
         length: the number of all tokens, if it is known.
         attend: attention to the keys of all tokens as one function.
+        count: whether packed rows go on behind the last valid one.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Execution:
         causal: Sequence[bool],
         length: int | None,
         attend: Attend | None = None,
+        count: bool = False,
     ) -> None:
         body = schedule.axes.block.body
         self.schedule, self.axes, self.caches, self.causal = schedule, schedule.axes, caches, causal
@@ -61,7 +63,7 @@ class Execution:
         self.full: dict[fx.Node, Any] = dict(self.feeds)
         self.values: dict[tuple[fx.Node, Frame], Any] = {}
         self.reads: dict[Any, Tensor] = {}
-        self.packing = Packing.of(schedule.axes, positions, valid, slots)
+        self.packing = Packing.of(schedule.axes, positions, valid, slots, count)
         self.sizes = Extents(schedule, self.feeds, length, self.packing)
         self.device = next((v for n, v in self.feeds.items() if n.meta["input"].name == "device"), None)
         self.frames = self.sizes.frames
@@ -149,7 +151,9 @@ class Execution:
             return part.operand(slot, value) if part is not None and isinstance(value, Tensor) else value
 
         args, kwargs = map_operands(node, operand)
-        result = self.fitting.target(node, frame, args, kwargs)(*args, **kwargs)
+        result = self._counted(node, frame, args)
+        if result is None:
+            result = self.fitting.target(node, frame, args, kwargs)(*args, **kwargs)
         if part is None:
             self.values[node, self._layout(node, frame)] = result
             return (node,)
@@ -172,6 +176,13 @@ class Execution:
             move, source = (self.packing.pack, PADDED) if frame == HERE else (self.packing.pad, HERE)
             self.values[node, frame] = move(self.values[node, source], self.axes.labels[node], packed, padded)
         return self.values[node, frame]
+
+    def _counted(self, node: fx.Node, frame: Frame, args: list[Any]) -> Tensor | None:
+        """A product of packed rows without those behind the last valid one, if the library's product takes it."""
+        if self.packing is None or not self.packing.counted or frame != HERE or not counted.fits(self.axes, node):
+            return None
+        name = op_name(node)
+        return counted.product(args, name, self.packing.members) if counted.runs(args, name) else None
 
     def _attends_packed(self, node: fx.Node) -> bool:
         """Run an attention op on packed rows, if the library's kernel for them takes it."""

@@ -59,20 +59,24 @@ class Packing:
         padded: the rows of every batch row, filled up to one width.
         slots: [members]: where a packed row is among the padded ones, batch row by batch row.
         batch: how many batch rows there are.
+        counted: whether packed rows go on behind the last valid one; these need not be computed.
     """
 
     axes: Axes
     padded: Rows
     slots: Tensor
     batch: int
+    counted: bool = False
 
     @classmethod
-    def of(cls, axes: Axes, positions: Tensor | None, valid: Tensor | None, slots: Tensor | None) -> Packing | None:
+    def of(
+        cls, axes: Axes, positions: Tensor | None, valid: Tensor | None, slots: Tensor | None, counted: bool
+    ) -> Packing | None:
         """The packing of rows that are packed, by their `slots`."""
         if slots is None:
             return None
         assert positions is not None and valid is not None, "packed rows are of a set"
-        return cls(axes, Rows(positions.shape[1], positions, valid), slots, positions.shape[0])
+        return cls(axes, Rows(positions.shape[1], positions, valid), slots, positions.shape[0], counted)
 
     @cached_property
     def rows(self) -> Rows:
@@ -87,6 +91,11 @@ class Packing:
         """int32[batch + 1]: where the members of every batch row begin; the last entry is their number."""
         assert self.padded.valid is not None
         return F.pad(self.padded.valid.sum(1).cumsum(0), (1, 0)).int()
+
+    @property
+    def members(self) -> Tensor:
+        """int32[1]: how many packed rows are valid."""
+        return self.ends[-1:]
 
     @cached_property
     def places(self) -> Tensor:

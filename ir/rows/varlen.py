@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from depthc.ir.axes.ops import argument
+from depthc.ir.rows.counted import dtype_of, first
 from depthc.ir.rows.fitting import is_plain
 from depthc.ir.rows.packing import Packing
 from depthc.ir.rows.schedule import Schedule
@@ -40,13 +41,7 @@ def runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernel takes such tensors: half precision on CUDA, heads of one size, a multiple of 8."""
     size = q.shape[-1]
     fine = size == k.shape[-1] == v.shape[-1] and size % 8 == 0 and size <= LARGEST
-    return q.is_cuda and fine and _dtype(q) in (torch.float16, torch.bfloat16)
-
-
-def _dtype(q: Tensor) -> torch.dtype:
-    """What attention computes in: autocast knows the fused op, not the kernel."""
-    kind = q.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+    return q.is_cuda and fine and dtype_of(q) in (torch.float16, torch.bfloat16)
 
 
 def attend(node: fx.Node, rows: Sequence[Tensor], packing: Packing) -> Tensor:
@@ -54,11 +49,14 @@ def attend(node: fx.Node, rows: Sequence[Tensor], packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     heads = rows[0].shape[1]
-    q, k, v = (x[0].transpose(0, 1).to(_dtype(rows[0])) for x in rows)
+    q, k, v = (x[0].transpose(0, 1).to(dtype_of(rows[0])) for x in rows)
     k, v = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     ends, most = packing.ends, packing.padded.count
     causal = argument(node, 5, "is_causal", False) or argument(node, 3, "attn_mask") is not None
     window = (-1, 0 if causal else -1)
     scale = argument(node, 6, "scale", None)
+    if packing.counted:
+        q, k, v = (first(x, packing.members) for x in (q, k, v))
     out = varlen_attn(q, k, v, ends, ends, most, most, scale=scale, window_size=window)
+    out = first(out, packing.members) if packing.counted else out  # type: ignore[arg-type]
     return out.transpose(0, 1)[None]  # type: ignore[union-attr]

@@ -1,0 +1,163 @@
+"""Sets packed at the size of all tokens: the oracle's results, without a look at the data or work for others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import depthc
+from depthc.codegen.module import DepthModule
+from depthc.ir.rows import counted, varlen
+from depthc.ir.rows.run import run_rows
+
+from .models import Spec, Stacked, ids, seeded
+from .routed import captured, forward
+from .test_packing import masked_attention
+from .test_tokenchoice import KV, OTHERS, Case, agree
+
+PRODUCTS = 5  # of a layer
+
+
+def bounded(case: Case) -> Case:
+    case.compiled.bounded = True
+    return case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "rows", "kv"),
+    [
+        *(("llama", "padded", kv) for kv in KV),
+        ("llama", "full", "recursion"),
+        *(pytest.param(kind, "padded", "recursion", marks=pytest.mark.thorough) for kind in OTHERS),
+    ],
+)
+def test_depths_are_the_oracles(kind: str, rows: str, kv: str) -> None:
+    agree(bounded(Case(kind, rows, kv=kv)))
+
+
+def test_nobody_goes_deeper_and_everybody_does() -> None:
+    for bias in ([9.0, 0.0, 0.0], [0.0, 0.0, 9.0]):
+        agree(bounded(Case("llama", "full", bias=torch.tensor(bias, dtype=torch.float64))))
+
+
+@pytest.mark.parametrize("kv", ["recursion", "share_first"])
+def test_thresholds_and_a_single_sequence(kv: str) -> None:
+    """Expert choice in inference."""
+    _, program, inputs = captured("llama", "full")
+    module = depthc.compile(program, "mor", kv=kv, std=1.0)
+    one = {name: value[:1] for name, value in inputs.items()}
+    for given in (inputs, one):
+        module.bounded = False
+        expected, aux = forward(module, given, causal=True)
+        assert sum(int(route.chosen.sum()) for route in aux.routes[1:]) > 0
+        module.bounded = True
+        torch.testing.assert_close(forward(module, given, causal=True)[0], expected, rtol=0, atol=1e-10)
+
+
+# without a look at the data
+
+
+def chosen(module: DepthModule, tokens: Tensor) -> list[int]:
+    return [int(route.chosen.sum()) for route in module.forward_with_aux(tokens)[1].routes]
+
+
+def choosing() -> DepthModule:
+    """Token choice in a small model, of which tokens of a batch take different depths."""
+    model = seeded(lambda: Stacked(Spec(depth=6, dtype=torch.float64)))
+    module = depthc.compile(model, "mor_token", args=(ids(),), std=2.0, sharing="cycle").train()
+    module.bounded = True
+    return module
+
+
+@pytest.mark.slow
+def test_one_graph_serves_whatever_tokens_choose() -> None:
+    """In training and in inference; a graph that waits for the data would not be whole."""
+    torch.compiler.reset()
+    module, graphs = choosing(), []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    module(ids())  # rows are traced before the whole is
+    whole = torch.compile(module, fullgraph=True, backend=count)
+    counts = []
+    for seed in range(3):
+        tokens = ids(seed=seed)
+        counts.append(chosen(module, tokens))
+        params = [p for p in module.parameters() if p.requires_grad]
+        found, wanted = (run(tokens) for run in (whole, module))
+        torch.testing.assert_close(found, wanted)
+        grads = [torch.autograd.grad(logits.square().sum(), params, allow_unused=True) for logits in (found, wanted)]
+        torch.testing.assert_close(*grads)
+    assert len({tuple(one) for one in counts}) > 1
+    assert len(graphs) == 1
+
+
+# what is behind the members is not computed
+
+
+class _Poison(torch.autograd.Function):
+    """NaN behind the first rows, in the gradient too: what kernels leave there may be anything."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, count: Tensor) -> Tensor:
+        ctx.count = int(count)
+        return _Poison.poisoned(rows, ctx.count)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Poison.poisoned(grad, ctx.count), None
+
+    @staticmethod
+    def poisoned(rows: Tensor, count: int) -> Tensor:
+        return torch.cat([rows[:count], torch.full_like(rows[count:], torch.nan)])
+
+
+@pytest.mark.slow
+def test_products_and_attention_take_the_members_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stand-ins that leave NaN where the library's kernels leave what was there."""
+    products, attentions = list[int](), list[int]()
+
+    def grouped(rows: Tensor, matrix: Tensor, *, offs: Tensor) -> Tensor:
+        products.append(int(offs))
+        return padded(_Poison.apply(rows, offs)[: int(offs)] @ matrix[0], rows, offs)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, *rest: Any, **options: Any) -> Tensor:
+        attentions.append(int(ends[-1]))
+        own = [_Poison.apply(x, ends[-1])[: int(ends[-1])] for x in (q, k, v)]
+        return padded(masked_attention(*own, ends, *rest, **options), q, ends[-1])
+
+    def padded(made: Tensor, rows: Tensor, count: Tensor) -> Tensor:
+        return _Poison.apply(torch.cat([made, made.new_zeros(len(rows) - len(made), *made.shape[1:])]), count)
+
+    module = choosing()
+    module._rows = run_rows  # type: ignore[assignment]  # not traced: the stand-ins look at the data
+    module.bounded = False
+    expected = loss_and_gradients(module)
+    monkeypatch.setattr(counted, "runs", lambda *_: True)
+    monkeypatch.setattr("torch.nn.functional.grouped_mm", grouped)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend)
+    monkeypatch.setattr(varlen, "available", lambda device: True)
+    monkeypatch.setattr(varlen, "runs", lambda *rows: True)
+    module.bounded = True
+    found = loss_and_gradients(module)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+    products.clear()
+    attentions.clear()
+    members = [count for count in chosen(module, ids()) for _ in range(2)]  # two layers a recursion
+    assert attentions == members
+    assert products == [count for count in members for _ in range(len(products) // len(members))]
+    assert len(products) // len(members) == PRODUCTS
+
+
+def loss_and_gradients(module: DepthModule) -> list[Tensor]:
+    logits = module(ids())
+    params = [p for p in module.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(logits.square().mean(), params, allow_unused=True)
+    return [logits, *(torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True))]
