@@ -44,7 +44,7 @@ def products_kernel(
     if b is not None:
         made += tl.load(b + at, mask=at < n, other=0.0).to(tl.float32)[None, :]
     wanted = (which < count)[:, None] & (at < n)[None, :]
-    place = which[:, None] * n + at[None, :]
+    place = which.to(tl.int64)[:, None] * n + at[None, :]
     if added is not None:
         made += tl.load(added + place, mask=wanted, other=0.0).to(tl.float32)
     tl.store(y + place, made.to(y.dtype.element_ty), mask=wanted)
