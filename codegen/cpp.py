@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import copy_context
 from math import ceil
+from threading import Lock
 from typing import Any
 
 from torch._inductor import async_compile
@@ -60,15 +61,20 @@ class _Units:
 
     def __init__(self) -> None:
         self._waiting: list[_Kernel] = []
+        self._lock = Lock()  # a kernel may be called in another thread than that which compiles
 
     def add(self, argtypes: Sequence[str], source: str) -> _Kernel:
-        self._waiting.append(_Kernel(self, _binding(len(self._waiting), argtypes, source)))
-        return self._waiting[-1]
+        with self._lock:
+            self._waiting.append(_Kernel(self, _binding(len(self._waiting), argtypes, source)))
+            return self._waiting[-1]
 
     def start(self, least: int = 1) -> None:
         """Compile them in the background: a unit for each processor but that of Python, if there are so many."""
-        if len(self._waiting) < least:
-            return
+        with self._lock:
+            if len(self._waiting) >= least:
+                self._start()
+
+    def _start(self) -> None:
         waiting, self._waiting = self._waiting, []
         size = max(_LEAST, ceil(len(waiting) / max(1, get_compile_threads() - 1)))
         for first in range(0, len(waiting), size):

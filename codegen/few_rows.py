@@ -34,7 +34,10 @@ def _inductor(graph: fx.GraphModule, examples: list[Tensor]) -> Callable[..., An
 
 
 def gathered(graph: fx.GraphModule) -> None:
-    """Put the kernel in the place of linear maps of few rows, one launch for those of the same rows."""
+    """Put the kernel in the place of linear maps of few rows, one launch for those of the same rows.
+
+    Maps move to the first of those, or to the sum that follows; where what they read is written over, they stay.
+    """
     for maps in list(_siblings(graph)):
         matrices, *biases = zip(*(_weights(node) for node in maps), strict=True)
         added, ends = _residual(maps)
@@ -59,7 +62,7 @@ def _residual(maps: list[fx.Node]) -> tuple[fx.Node | None, list[fx.Node]]:
         return None, maps
     x, y = (n.meta["example_value"] for n in (others[0], maps[0]))
     alike = isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
-    return (others[0], [user]) if alike else (None, maps)
+    return (others[0], [user]) if alike and not _is_written(others[0]) else (None, maps)
 
 
 def _siblings(graph: fx.GraphModule) -> Iterator[list[fx.Node]]:
@@ -79,7 +82,19 @@ def _fits(node: fx.Node) -> bool:
         return False
     x, *given = (n.meta["example_value"] for n in (rows, *weights))  # type: ignore[union-attr]
     known = all(isinstance(size, int) for size in x.shape)
-    return known and applies(x, given[:1], given[1:]) is None
+    alike = node.meta["example_value"].dtype == x.dtype  # autocast knows the map, not the kernel
+    return known and alike and not _is_written(rows) and applies(x, given[:1], given[1:]) is None
+
+
+def _is_written(node: Any) -> bool:
+    """Whether an op writes into a value: then others may not be moved past it."""
+    return any(_writes(user.target) for user in node.users if user.op != "output")
+
+
+def _writes(target: Any) -> bool:
+    """Whether an op, or a method, is one that writes into what it is given."""
+    schema = getattr(target, "_schema", None)
+    return str(target).endswith("_") if schema is None else schema.is_mutable
 
 
 def _weights(node: fx.Node) -> list[fx.Node]:

@@ -33,4 +33,4 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     assert isinstance(function, FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_NUMBERS)}")
-    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)

@@ -52,7 +52,7 @@ class DepthModule(Checkpointing, nn.Module):
             sequence: it is for measurements and is not causal.
         bounded: whether sets whose size the data decide (thresholds, depths that tokens choose) are packed at the size
             of all tokens. Then nothing waits for the data: a CUDA graph can hold a run, and torch.compile makes one
-            graph of the module. It takes the memory of all tokens, and products skip what is no member on new GPUs.
+            graph of the module. It takes the memory of all tokens; products in bf16 skip the others on GPUs that can.
     """
 
     accepts_loss_kwargs = False  # the Trainer scales losses by gradient accumulation, auxiliary ones as well

@@ -73,15 +73,10 @@ class Bounded(Tokens):
     """A set that is packed at the size of all tokens: members first, then the others, which need not be computed.
 
     So nothing waits for how many members there are, a CUDA graph may hold what is done with them, and a compiler sees
-    the whole as one graph. It takes the memory of all tokens.
+    the whole as one graph. It takes the memory of all tokens. A single sequence is not packed, and wholly computed.
     """
 
     bounded = True
-
-    @property
-    def ragged(self) -> bool:
-        """Rows are packed, those of a single sequence too."""
-        return True
 
     @found_once
     def width(self) -> int:
@@ -116,7 +111,7 @@ class Bounded(Tokens):
 
     def unpack(self, stream: Tensor, packed: Tensor) -> Tensor:
         """See `TokenSet.unpack`; the rows of other tokens are not put back."""
-        rows = packed[0][self.places.argsort()].to(stream.dtype).unflatten(0, stream.shape[:2])
+        rows = packed[0][self.packed_inverse[0].clamp(min=0)].to(stream.dtype).unflatten(0, stream.shape[:2])
         return torch.where(self.mask.view(*self.mask.shape, *(1,) * (stream.dim() - 2)), rows, stream)
 
 

@@ -73,7 +73,7 @@ class RowsLowering:
         training: bool,
         device: torch.device,
         rings: Rings | None = None,
-        counted: bool = False,
+        bounded: bool = False,
         **rows: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
         """See `depthc.ir.rows.run.run_rows`."""
@@ -93,7 +93,7 @@ class RowsLowering:
             device,
             cast,
             self.attend,
-            counted,
+            bounded,
         )
         leaves = pytree.tree_leaves(tensors)
         key = (block.body.certificate, block.carries, *way.options, _structure(tensors), tuple(map(_kind, leaves)))
@@ -130,11 +130,11 @@ class Way:
     device: torch.device
     cast: torch.dtype | None  # of autocast, if that is on
     attend: Attend | None
-    counted: bool = False
+    bounded: bool = False
 
     @property
     def options(self) -> tuple[Any, ...]:
-        modes = self.modes, self.rings, self.ordered, self.causal, self.training, self.counted
+        modes = self.modes, self.rings, self.ordered, self.causal, self.training, self.bounded
         return self.consts, *modes, str(self.device), self.cast
 
     def autocast(self) -> torch.autocast:
@@ -158,7 +158,7 @@ class Way:
             ordered=self.ordered,
             causal=self.causal,
             attend=self.attend,
-            counted=self.counted,
+            bounded=self.bounded,
             training=self.training,
             device=self.device,
             **given,

@@ -141,7 +141,7 @@ def run_on(
         positions=rows.positions,
         valid=rows.valid,
         slots=tokens.slots if tokens and packed else None,
-        counted=bool(tokens and packed and tokens.bounded),
+        bounded=bool(tokens and packed and tokens.bounded),
         key_positions=keys.positions,
         key_valid=keys.valid,
         kv=plans,

@@ -53,7 +53,8 @@ class Decoder:
         together: run stacks that share their layers as one batch; else, and where they do not, they are branches of
             the graph.
         recurrent: see `generate`.
-        kernels: attention to caches by a kernel of this package, where it applies.
+        kernels: attention to caches, and linear maps of few rows in what is compiled, by kernels of this package where
+            they apply.
 
     Attributes:
         logits: [batch, vocabulary], those behind the last token so far. A step writes over them where a graph is held.
@@ -113,7 +114,7 @@ class Decoder:
         last = last_stack(self.program) if recurrent else None
         self._new_steps = self._steps_of_sections(together and not recurrent)
         rows = len(prompt) * (len(self.sections) if self.together else 1)
-        compiler = few_rows.compiler(rows) if compile else lambda function: function
+        compiler = (few_rows.compiler(rows) if kernels else torch.compile) if compile else lambda function: function
         self._memory = Memory(
             torch.full((1, 1), self.place - 1, device=prompt.device),
             RowsLowering(compiler),

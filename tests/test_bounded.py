@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import depthc
 from depthc.codegen.module import DepthModule
@@ -30,8 +30,9 @@ def bounded(case: Case) -> Case:
 @pytest.mark.parametrize(
     ("kind", "rows", "kv"),
     [
-        *(("llama", "padded", kv) for kv in KV),
-        ("llama", "full", "recursion"),
+        ("llama", "padded", KV[0]),
+        *(pytest.param("llama", "padded", kv, marks=pytest.mark.thorough) for kv in KV[1:]),
+        pytest.param("llama", "full", KV[0], marks=pytest.mark.thorough),
         *(pytest.param(kind, "padded", "recursion", marks=pytest.mark.thorough) for kind in OTHERS),
     ],
 )
@@ -39,6 +40,7 @@ def test_depths_are_the_oracles(kind: str, rows: str, kv: str) -> None:
     agree(bounded(Case(kind, rows, kv=kv)))
 
 
+@pytest.mark.slow
 def test_nobody_goes_deeper_and_everybody_does() -> None:
     for bias in ([9.0, 0.0, 0.0], [0.0, 0.0, 9.0]):
         agree(bounded(Case("llama", "full", bias=torch.tensor(bias, dtype=torch.float64))))
@@ -56,6 +58,87 @@ def test_thresholds_and_a_single_sequence(kv: str) -> None:
         assert sum(int(route.chosen.sum()) for route in aux.routes[1:]) > 0
         module.bounded = True
         torch.testing.assert_close(forward(module, given, causal=True)[0], expected, rtol=0, atol=1e-10)
+
+
+class Conditioned(nn.Module):
+    """Layers that a vector a sequence scales: their rows cannot be packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Scaled() for _ in range(6)])
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, scale)
+        return x
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, dtype=torch.float64)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return x + self.linear(x).tanh() * scale[:, None]
+
+
+@pytest.mark.parametrize("recipe", ["mor", "mor_token"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_that_cannot_be_packed(recipe: str, batch: int) -> None:
+    torch.manual_seed(0)
+    model, scale = Conditioned(), torch.randn(3, 8, dtype=torch.float64)
+    x = torch.randn(3, 7, 8, dtype=torch.float64)
+    module = depthc.compile(model, recipe, args=(x, scale), std=2.0, sharing="cycle").eval()
+    expected = module(x[:batch], scale[:batch])
+    module.bounded = True
+    torch.testing.assert_close(module(x[:batch], scale[:batch]), expected)
+
+
+class Products(nn.Module):
+    """Every form of a product of rows; one that scales what it adds is no such form."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Product(form) for _ in range(6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Product(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.weight = form, nn.Parameter(torch.randn(8, 8) * 0.4)
+        self.bias = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        made = {
+            "linear": lambda: nn.functional.linear(x, self.weight, self.bias),
+            "mm": lambda: torch.mm(flat, self.weight).unflatten(0, x.shape[:2]),
+            "addmm": lambda: torch.addmm(self.bias, flat, self.weight).unflatten(0, x.shape[:2]),
+            "scaled": lambda: torch.addmm(self.bias, flat, self.weight, alpha=0.5).unflatten(0, x.shape[:2]),
+        }[self.form]()
+        return x + made.tanh()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "taken"), [("linear", True), ("mm", True), ("addmm", True), ("scaled", False)])
+def test_forms_of_products(form: str, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the library's own product, in bf16."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 16, 8).bfloat16()
+    model = Products(form).bfloat16()
+    module = depthc.compile(model, "mor_token", args=(x,), std=2.0, sharing="cycle").eval()
+    plain, calls = module(x), list[int]()
+    own = torch.nn.functional.grouped_mm
+    monkeypatch.setattr("torch.nn.functional.grouped_mm", lambda *a, **k: calls.append(1) or own(*a, **k))
+    module.bounded = True
+    found = module(x)
+    assert bool(calls) == taken
+    assert (found - plain).norm() <= 0.02 * plain.norm()
 
 
 # without a look at the data

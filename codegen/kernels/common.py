@@ -74,6 +74,11 @@ def on(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def precision() -> str:
+    """In what tensor cores multiply fp32: in fp32, or in TF32 where torch is allowed to."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def side_by_side(rows: Tensor) -> Tensor:
     """Rows [..., features] whose features lie side by side, as kernels read them."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -37,7 +37,7 @@ class Execution:
         causal: of every port, whether its mask is known to be causality and no more; empty: of none.
         length: the number of all tokens, if it is known.
         attend: attention to the keys of all tokens as one function.
-        count: whether packed rows go on behind the last valid one.
+        bounded: whether packed rows go on behind the last valid one.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Execution:
         causal: Sequence[bool],
         length: int | None,
         attend: Attend | None = None,
-        count: bool = False,
+        bounded: bool = False,
     ) -> None:
         body = schedule.axes.block.body
         self.schedule, self.axes, self.caches, self.causal = schedule, schedule.axes, caches, causal
@@ -63,7 +63,7 @@ class Execution:
         self.full: dict[fx.Node, Any] = dict(self.feeds)
         self.values: dict[tuple[fx.Node, Frame], Any] = {}
         self.reads: dict[Any, Tensor] = {}
-        self.packing = Packing.of(schedule.axes, positions, valid, slots, count)
+        self.packing = Packing.of(schedule.axes, positions, valid, slots, bounded)
         self.sizes = Extents(schedule, self.feeds, length, self.packing)
         self.device = next((v for n, v in self.feeds.items() if n.meta["input"].name == "device"), None)
         self.frames = self.sizes.frames
@@ -179,7 +179,7 @@ class Execution:
 
     def _counted(self, node: fx.Node, frame: Frame, args: list[Any]) -> Tensor | None:
         """A product of packed rows without those behind the last valid one, if the library's product takes it."""
-        if self.packing is None or not self.packing.counted or frame != HERE or not counted.fits(self.axes, node):
+        if self.packing is None or not self.packing.bounded or frame != HERE or not counted.fits(self.axes, node):
             return None
         name = op_name(node)
         return counted.product(args, name, self.packing.members) if counted.runs(args, name) else None

@@ -59,24 +59,24 @@ class Packing:
         padded: the rows of every batch row, filled up to one width.
         slots: [members]: where a packed row is among the padded ones, batch row by batch row.
         batch: how many batch rows there are.
-        counted: whether packed rows go on behind the last valid one; these need not be computed.
+        bounded: whether packed rows go on behind the last valid one; these need not be computed.
     """
 
     axes: Axes
     padded: Rows
     slots: Tensor
     batch: int
-    counted: bool = False
+    bounded: bool = False
 
     @classmethod
     def of(
-        cls, axes: Axes, positions: Tensor | None, valid: Tensor | None, slots: Tensor | None, counted: bool
+        cls, axes: Axes, positions: Tensor | None, valid: Tensor | None, slots: Tensor | None, bounded: bool
     ) -> Packing | None:
         """The packing of rows that are packed, by their `slots`."""
         if slots is None:
             return None
         assert positions is not None and valid is not None, "packed rows are of a set"
-        return cls(axes, Rows(positions.shape[1], positions, valid), slots, positions.shape[0], counted)
+        return cls(axes, Rows(positions.shape[1], positions, valid), slots, positions.shape[0], bounded)
 
     @cached_property
     def rows(self) -> Rows:

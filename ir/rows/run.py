@@ -41,7 +41,7 @@ def run_rows(
     causal: Sequence[bool] = (),
     length: int | None = None,
     attend: Attend | None = None,
-    counted: bool = False,
+    bounded: bool = False,
     training: bool = False,
     device: torch.device | str | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
@@ -68,7 +68,7 @@ def run_rows(
             read it.
         length: the number of all tokens, where no side input tells and the block computes with it.
         attend: gives attention to the keys of all tokens as one function, where it has one (see `Attend`).
-        counted: `slots` go on behind the valid rows, with the places of others in [batch, rows], which need not be
+        bounded: `slots` go on behind the valid rows, with the places of others in [batch, rows], which need not be
             computed: then no size depends on how many valid ones there are. Results there may be anything finite.
         training, device: of the run; the device is that of the carry by default.
 
@@ -88,7 +88,7 @@ def run_rows(
     )
     keys = Rows(0, key_positions, key_valid)
     rows = positions, valid, slots, keys
-    run = Execution(schedule, feeds, given, *rows, rings, ordered, causal, length, attend, counted)
+    run = Execution(schedule, feeds, given, *rows, rings, ordered, causal, length, attend, bounded)
     return run.results(), tuple(run.cache(port, own) for port, own in enumerate(stored))
 
 

@@ -55,8 +55,8 @@ def attend(node: fx.Node, rows: Sequence[Tensor], packing: Packing) -> Tensor:
     causal = argument(node, 5, "is_causal", False) or argument(node, 3, "attn_mask") is not None
     window = (-1, 0 if causal else -1)
     scale = argument(node, 6, "scale", None)
-    if packing.counted:
+    if packing.bounded:
         q, k, v = (first(x, packing.members) for x in (q, k, v))
     out = varlen_attn(q, k, v, ends, ends, most, most, scale=scale, window_size=window)
-    out = first(out, packing.members) if packing.counted else out  # type: ignore[arg-type]
+    out = first(out, packing.members) if packing.bounded else out  # type: ignore[arg-type]
     return out.transpose(0, 1)[None]  # type: ignore[union-attr]

@@ -42,7 +42,7 @@ def share_kernel(
     best = tl.full((QUERIES,), float("-inf"), tl.float32)
     weight = tl.zeros((QUERIES,), tl.float32)
     for first in range(start, end, KEYS):
-        at = first + tl.arange(0, KEYS)
+        at = (first + tl.arange(0, KEYS)).to(tl.int64)
         kept = at < end
         wanted = kept[:, None] & (features < D)[None, :]
         keys = tl.load(k + at[:, None] * k_token + features[None, :], mask=wanted, other=0.0)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from depthc.codegen.kernels.common import FLOATS, on, runs_on
+from depthc.codegen.kernels.common import FLOATS, on, precision, runs_on
 from depthc.codegen.kernels.decode_attention.reference import reference
+from depthc.codegen.kernels.decode_attention.tiles import QUERIES, options_of, queries_of, tiles_of, width_of
 from depthc.ir.errors import InputError
 
 LARGEST = 256  # features a head
 MOST = 65535  # sequences, and heads: what a grid has
-PROGRAMS = 1056  # eight for each of 132 multiprocessors; fixed, so that sums do not depend on the device
-SPLITS = 24  # for more, adding the shares up takes longer than they do
 
 
 def decode_attention(
@@ -76,8 +75,8 @@ def applies(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"there are more than {MOST} sequences or heads"
     if any(x.stride(3) != 1 for x in (q, k, v)):
         return "features do not lie side by side"
-    if any(x.stride(2) * x.shape[2] >= 2**31 for x in (k, v)):
-        return "offsets inside of a head's cache reach 2^31"
+    if (held := queries_of(q, k) * width_of(q) * q.element_size()) > QUERIES:
+        return f"the queries of a key head take {held} bytes, more than {QUERIES}"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "gradients are wanted, and the kernels have no backward pass"
     return runs_on(q, k, v)
@@ -93,35 +92,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, place: Tens
     return decode_attention(q, k, v, mask=mask, place=place, scale=scale)
 
 
-class Tiles(NamedTuple):
-    """How rows are shared out.
-
-    Attributes:
-        keys: rows of a tile.
-        share: rows of a program, a multiple of those of a tile.
-        splits: programs a key head.
-    """
-
-    keys: int
-    share: int
-    splits: int
-
-
-def tiles_of(sequences: int, key_heads: int, size: int, features: int) -> Tiles:
-    """As small tiles as there may be shares, else large ones.
-
-    Example:
-        >>> tiles_of(1, 5, 1032, 64), tiles_of(32, 8, 1032, 128), tiles_of(1, 5, 136, 64)
-        (Tiles(keys=64, share=64, splits=17), Tiles(keys=64, share=320, splits=4), Tiles(keys=16, share=16, splits=9))
-    """
-    wanted = max(1, min(SPLITS, PROGRAMS // (sequences * key_heads)))
-    largest = 64 if features <= 128 else 32
-    keys = next((n for n in (16, 32) if n < largest and -(-size // n) <= wanted), largest)
-    count = -(-size // keys)
-    share = -(-count // wanted) * keys
-    return Tiles(keys, share, -(-size // share))
-
-
 @torch.library.custom_op("depthc::decode_attention", mutates_args=())
 def decode_attention_op(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, place: Tensor | None, scale: float
@@ -132,22 +102,24 @@ def decode_attention_op(
     from depthc.codegen.kernels.decode_attention.kernel import share_kernel, sum_kernel
 
     (batch, heads, _, features), (key_heads, size) = q.shape, k.shape[1:3]
-    tiles, out = tiles_of(batch, key_heads, size, features), _like(q)
+    if max(batch, heads) > MOST:  # a compiler asks `applies` about other sizes than a run has
+        return reference(q, k, v, mask, place, scale)
+    width, out = width_of(q), _like(q)
+    tiles = tiles_of(batch, key_heads, size, width * q.element_size())
     parts = (batch, heads, tiles.splits)
     whole = tiles.splits == 1
     acc, top, total = (q.new_empty(shape, dtype=torch.float32) for shape in ((*parts, features), parts, parts))
     told = mask if mask is None else mask.expand(batch, heads, 1, size)
     layout = [*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *_layout(told)]
-    width = max(16, triton.next_power_of_2(features))
     constants: dict[str, Any] = {
         "ADDED": mask is not None and mask.dtype is not torch.bool,
         "WHOLE": whole,
         "D": features,
         "WIDTH": width,
-        "QUERIES": max(16, triton.next_power_of_2(heads // key_heads)),
+        "QUERIES": queries_of(q, k),
         "KEYS": tiles.keys,
-        "num_warps": 2 if features <= 64 else 4,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        **options_of(features),
+        "PRECISION": precision(),
     }
     with on(q):
         share_kernel[tiles.splits, key_heads, batch](
@@ -176,17 +148,20 @@ def _layout(mask: Tensor | None) -> tuple[int, int, int]:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, place: Tensor | None) -> None:
     """Shapes that do not fit are errors, since kernels would read elsewhere."""
-    (batch, heads, count, features), (_, key_heads, size, _) = q.shape, k.shape
-    fits = k.shape == v.shape == (batch, key_heads, size, features) and heads % key_heads == 0 and count == 1
+    fits = q.dim() == k.dim() == v.dim() == 4 and k.shape[1] > 0
+    if fits:
+        (batch, heads, count, features), (_, key_heads, size, _) = q.shape, k.shape
+        fits = k.shape == v.shape == (batch, key_heads, size, features) and heads % key_heads == 0 and count == 1
     fits = fits and (place is None or place.shape == (1, 1))
-    if mask is not None:
+    if fits and mask is not None:
+        fits = mask.dtype is torch.bool or mask.is_floating_point()
         wanted = (batch, heads, 1, size)[4 - mask.dim() :]
         fits = fits and mask.dim() <= 4 and all(n in (1, m) for n, m in zip(mask.shape, wanted, strict=True))
     if not fits:
         given = {"q": q, "k": k, "v": v, "mask": mask, "place": place}
         raise InputError(
             "shapes of decode_attention do not fit together",
-            expected="q [B, H, 1, d]; k, v [B, Hkv, R, d], H a multiple of Hkv; mask like [B, H, 1, R]; place [1, 1]",
-            found=", ".join(f"{name} {list(x.shape)}" for name, x in given.items() if x is not None),
+            expected="q [B, H, 1, d]; k, v [B, Hkv, R, d], Hkv dividing H; mask [B, H, 1, R]; place [1, 1]",
+            found=", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in given.items() if x is not None),
             remedy="give one query a head",
         )

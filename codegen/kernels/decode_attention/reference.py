@@ -11,7 +11,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, place: Tenso
     (batch, heads, _, features), key_heads = q.shape, k.shape[1]
     exact = torch.promote_types(q.dtype, torch.float32)
     grouped = q.reshape(batch, key_heads, heads // key_heads, features).to(exact)
-    scores = (grouped @ k.to(exact).transpose(2, 3)).view(batch, heads, 1, -1) * scale
+    scores = (grouped @ k.to(exact).transpose(2, 3)).view(batch, heads, 1, k.shape[2]) * scale
     if place is not None:
         scores = scores.masked_fill(torch.arange(k.shape[2], device=k.device) > place, float("-inf"))
     if mask is not None:

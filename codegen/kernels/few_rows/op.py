@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from depthc.codegen.kernels.common import FLOATS, on, runs_on, side_by_side
+from depthc.ir.errors import InputError
 
 FEW = 4  # rows; for more, tensor cores are faster
 MOST = 3  # maps at once: query, key and value
@@ -36,11 +37,18 @@ def few_rows_linear(
         biases: [N] each; none, or one a matrix.
         added: [..., N], to the result of a single matrix: a residual stream.
 
+    Returns:
+        [..., N] of each matrix.
+
+    Raises:
+        InputError: shapes that do not fit.
+
     Example:
         >>> few_rows_linear(torch.tensor([[1.0, 2.0]]), [torch.eye(2), torch.ones(1, 2)])
         [tensor([[1., 2.]]), tensor([[3.]])]
     """
     given = list(biases or [])
+    _check(rows, matrices, given, added)
     inputs = [rows, *matrices, *given, *([] if added is None else [added])]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if wanted or applies(rows, matrices, given):
@@ -71,6 +79,24 @@ def applies(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor] =
     if any(w.shape[0] >= 2**31 or not w.numel() for w in matrices):
         return "a matrix is empty, or has 2^31 rows or more"
     return runs_on(*given)
+
+
+def _check(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor], added: Tensor | None) -> None:
+    """Shapes that do not fit are errors, since the kernel would read elsewhere."""
+    fits = rows.dim() > 0 and all(w.dim() == 2 and w.shape[1] == rows.shape[-1] for w in matrices)
+    fits = fits and len(biases) in (0, len(matrices))
+    fits = fits and all(b.shape == w.shape[:1] for b, w in zip(biases, matrices, strict=False))
+    if fits and added is not None:
+        made = [*rows.shape[:-1], matrices[0].shape[0]]
+        fits = len(matrices) == 1 and [*added.shape] == made and added.dtype == rows.dtype
+    if not fits:
+        given = {"rows": [rows], "matrices": matrices, "biases": biases, "added": [] if added is None else [added]}
+        raise InputError(
+            "shapes of few_rows_linear do not fit together",
+            expected="rows [..., K], matrices [N, K], biases [N] or none, added [..., N] to one matrix alone",
+            found=", ".join(f"{name} {[list(t.shape) for t in each]}" for name, each in given.items() if each),
+            remedy="give a bias a matrix or none, and add a residual to one result",
+        )
 
 
 def tiles_of(rows: int, features: int, columns: int) -> dict[str, int]:

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from depthc.codegen.kernels.common import precision
 from depthc.codegen.kernels.shared_attention.kernel_forward import forward_kernel
 from depthc.codegen.kernels.shared_attention.kernel_keys import keys_kernel, spans_kernel
 from depthc.codegen.kernels.shared_attention.kernel_queries import queries_kernel
@@ -50,7 +51,7 @@ class Inputs(NamedTuple):
             "WIDTH": width_of(self.q.shape[3]),
             "QUERIES": tiles.queries,
             "KEYS": tiles.keys,
-            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            "PRECISION": precision(),
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
         }
