@@ -69,7 +69,9 @@ def expected(form: str, causal: bool) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "causal"), [("expert", False), ("expert", True), ("token", True)])
+@pytest.mark.parametrize(
+    ("form", "causal"), [("expert", False), pytest.param("expert", True, marks=pytest.mark.thorough), ("token", True)]
+)
 def test_states_are_the_oracles(form: str, causal: bool) -> None:
     module = routed(form)
     found, aux = forward(module, captured()[2], causal)

@@ -20,10 +20,6 @@ from depthc.ir.errors import InputError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODULE = "depthc.codegen.kernels.decode_attention.kernel"
-RECIPES = [
-    "stagger(window=3)",
-    *(pytest.param(r, marks=pytest.mark.thorough) for r in ("identity", "stagger(shared=True)")),
-]
 KINDS = ("none", "bool", "float", "bool a head")
 
 
@@ -146,7 +142,8 @@ def test_shapes_that_do_not_fit() -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU: test_gpu_decode.py")
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.thorough  # test_few_rows.py has both kernels in a decoder
+@pytest.mark.parametrize("recipe", ["identity", "stagger(window=3)", "stagger(shared=True)"])
 @torch.no_grad()
 def test_a_decoder(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every attention to a cache is the kernel's, and the logits are those of the whole sequence."""

@@ -10,11 +10,13 @@ from ahead import built
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import depthc
 from depthc.codegen.few_rows import FEW_ROWS, gathered
+from depthc.codegen.kernels.decode_attention import op as attention
 from depthc.codegen.kernels.few_rows import applies, few_rows_linear, op
 from depthc.ir.errors import InputError
 
@@ -189,16 +191,20 @@ def test_a_decoder(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for param in made.parameters():
         param.add_(0.05 * torch.randn_like(param))  # cross-attention starts at zero
     expected = made(input_ids=tokens).logits
-    launched: list[int] = []
+    launched, attended = list[int](), list[int]()
+    like = attention._like
+    monkeypatch.setattr(attention, "_like", lambda q: attended.append(not isinstance(q, FakeTensor)) or like(q))
     monkeypatch.setattr(op, "_PROGRAMS", 1)  # fewer programs are interpreted sooner
     tiles = op.tiles_of
     monkeypatch.setattr(op, "tiles_of", lambda *sizes: launched.append(sizes[0]) or tiles(*sizes))
     decoder = depthc.Decoder(made, tokens[:, :4], 6, compile=True, graph=False)
     for at in range(4, 6):
         launched.clear()
+        attended.clear()
         torch.testing.assert_close(decoder.step(tokens[:, at : at + 1]), expected[:, at], rtol=1e-4, atol=1e-4)
         # A layer has 4 launches, the head one; a crossing 2, and what is shown to it one.
         layers = {"identity": [1] * 9, "stagger(window=3)": [1] * (9 + 3), "stagger(shared=True)": [2] * 8}[recipe]
+        assert sum(attended) == {"identity": 2, "stagger(window=3)": 3, "stagger(shared=True)": 4}[recipe]
         assert sorted(launched) == sorted(layers + [1] * 7 * (recipe == "stagger(shared=True)"))
 
 

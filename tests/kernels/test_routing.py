@@ -245,7 +245,7 @@ def test_nan_is_refused_where_all_are_chosen() -> None:
             module(x)
 
 
-@pytest.mark.parametrize("kv", ["recursion", "share_first"])
+@pytest.mark.parametrize("kv", ["recursion", pytest.param("share_first", marks=MORE)])
 def test_compiled_as_a_whole(kv: str) -> None:
     module, given = routed("llama", kv=kv)
     wanted = step(module.train(), given)
