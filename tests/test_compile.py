@@ -117,7 +117,6 @@ def assert_judged_alike(found: dict[str, Tensor], expected: dict[str, Tensor], t
 QUICK = {("tie", "bodies", True, "states"), ("recursion", "bodies", True, "states")}
 SLOW = {
     ("share_first", "bodies", True, "states"),
-    ("recursion", "bodies", False, "tokens"),
     ("recursion", "whole", True, "states"),
     ("packed", "bodies", True, "states"),
 }

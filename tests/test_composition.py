@@ -162,9 +162,9 @@ def assert_whole(one: Composition, *equals: str) -> None:
     [
         (f"{TIED} | stagger(reinject=False)", TIED),
         ("stagger(shared=True) | widen()", "stagger(shared=True)"),
-        pytest.param(f"{TIED} | stagger(reinject=False) | widen()", TIED, marks=pytest.mark.slow),
-        pytest.param(LONGER[6], "stagger()", marks=pytest.mark.slow),
-        pytest.param(LONGER[7], "stagger()", marks=pytest.mark.slow),
+        (f"{TIED} | stagger(reinject=False) | widen()", TIED),
+        pytest.param(LONGER[6], "stagger()", marks=pytest.mark.thorough),
+        pytest.param(LONGER[7], "stagger()", marks=pytest.mark.thorough),
     ],
 )
 def test_longer_recipes(recipe: str, equals: str) -> None:

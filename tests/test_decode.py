@@ -132,7 +132,7 @@ def staggered(recipe: str, tokens: Tensor) -> Program:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", ["window", "lag", pytest.param("shared", marks=pytest.mark.thorough)])
 def test_windows_are_rings(name: str) -> None:
     """Through the whole ring; with a prompt that fills it, and one that does not."""
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ print("known", len(found))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without an accelerator")
 def test_it_is_done_and_leaves_no_trace(tmp_path: Path) -> None:
     folders = {"TMPDIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

@@ -353,8 +353,9 @@ def test_a_process_measures_and_the_tables_show_it(tmp_path: Path) -> None:
     assert "- graph: skipped: CUDA graphs need CUDA" in page
 
 
-EVERY = ("1 layer, 1/3, training", "token choice, forward")
-LONG = [pytest.param(name, marks=pytest.mark.thorough) for name in ("share_first, 1/3, forward", "MoR-3")]
+EVERY = ("1 layer, 1/3, training",)
+NAMES = ("share_first, 1/3, forward", "MoR-3", "token choice, forward")
+LONG = [pytest.param(name, marks=pytest.mark.thorough) for name in NAMES]
 
 
 @pytest.mark.slow

@@ -21,7 +21,18 @@ from depthc.ir.tokens import TokenSet
 from .models import Hybrid, Spec, Stacked, ids, seeded
 from .optional import rest_needs_torch_mlir
 
-ALIKE = {"bart", "bloom", "falcon", "gemma2", "deepseek_v2", "olmoe", "nanogpt", "bert", "t5"}  # as other rows
+ALIKE = {
+    "bart",
+    "bloom",
+    "falcon",
+    "gemma2",
+    "deepseek_v2",
+    "olmoe",
+    "nanogpt",
+    "bert",
+    "t5",
+    "albert",
+}  # as other rows
 
 
 @pytest.mark.slow
