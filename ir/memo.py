@@ -12,7 +12,9 @@ T = TypeVar("T")
 
 def once(block: Block, name: str, make: Callable[[], T], *key: Hashable) -> T:
     """What `make` returns, computed once for a block's body, its number of carries and `key`."""
-    kept = block.body.__dict__.setdefault("_analyses", {})
+    if "_analyses" not in block.body.__dict__:  # of what there is for a dictionary, Dynamo knows this
+        block.body.__dict__["_analyses"] = {}
+    kept = block.body.__dict__["_analyses"]
     place = (name, block.carries, *key)
     if place not in kept:
         kept[place] = make()
