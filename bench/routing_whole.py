@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 import depthc
-from depthc.codegen.module import DepthModule
+from depthc.codegen.causal import flagged
+from depthc.codegen.module import DepthModule, lower
 from depthc.ir.cost.flops import flops
 from depthc.ir.program import Program
 
@@ -53,7 +54,7 @@ def measure(row: Row, place: Place) -> dict[str, Any]:
         ids = torch.randint(vocabulary, (s.batch, s.tokens))
     captured = depthc.capture(model, kwargs={"input_ids": ids})
     module = routed_by(RECIPE, captured, training=True)
-    whole = Whole(model, depthc.compile(captured, "identity").train(), module, ids, place)
+    whole = Whole(model, lower(flagged(captured)).train(), module, ids, place)
     race = Race(clock_of(row, place, began)).run(whole.variants())
     vanilla, routed = whole.operations(captured), whole.operations(module.program)
     others = {f"memory, {name}": float(held) for name, held in whole.memory.items()}
@@ -72,13 +73,13 @@ class Whole:
         memory: the most bytes that a variant held at once, its parameters and their optimizer included.
     """
 
-    def __init__(self, model: nn.Module, identity: DepthModule, module: DepthModule, ids: Tensor, place: Place) -> None:
-        self.model, self.identity, self.module, self.ids, self.place = model, identity, module, ids, place
+    def __init__(self, model: nn.Module, lowered: DepthModule, module: DepthModule, ids: Tensor, place: Place) -> None:
+        self.model, self.lowered, self.module, self.ids, self.place = model, lowered, module, ids, place
         self.memory: dict[str, int] = {}
         self.loss = place.compiled(_summed)
 
     def variants(self) -> Variants:
-        """The model by torch.compile and by depthc with the same kernels; the module whole, by bodies and eager."""
+        """The model by torch.compile and by depthc, with the same attention; the module whole, by bodies and eager."""
         found = {"vanilla": self.vanilla, "dense": self.dense}
         found |= {"whole": self.whole, "bodies": self.bodies, "eager": self.eager}
         return {name: (lambda name=name, make=make: self._weighed(name, make)) for name, make in found.items()}
@@ -102,7 +103,7 @@ class Whole:
         return self.training(model, lambda ids: (run(ids), None), dict(model.named_parameters())[EMBEDDING])
 
     def dense(self) -> Ready:
-        module = copy.deepcopy(self.identity)
+        module = copy.deepcopy(self.lowered)
         self.place.compile(module)
         return self.of_depthc(module, lambda ids: (module(input_ids=ids).last_hidden_state, None))
 

@@ -94,9 +94,15 @@ class Bounded(Tokens):
         return self.mask
 
     @found_once
+    def ranks(self) -> Tensor:
+        """[batch * tokens]: where each token stands among the packed rows."""
+        members, others = self.mask.flatten(), ~self.mask.flatten()
+        return torch.where(members, members.cumsum(0), members.sum() + others.cumsum(0)) - 1
+
+    @found_once
     def places(self) -> Tensor:
         """[batch * tokens]: where each member is among all tokens, flattened, and then each other token."""
-        return torch.sort((~self.mask).flatten().to(torch.int8), stable=True).indices
+        return self.ranks.scatter(0, self.ranks, torch.arange(self.mask.numel(), device=self.mask.device))
 
     @found_once
     def slots(self) -> Tensor:
@@ -106,12 +112,11 @@ class Bounded(Tokens):
     @found_once
     def packed_inverse(self) -> Tensor:
         """See `Tokens.packed_inverse`."""
-        among = torch.arange(self.mask.numel(), device=self.mask.device) < self.mask.sum()
-        return inverse_of(self.places[None], self.mask.numel(), among[None])
+        return self.ranks.where(self.mask.flatten(), -1).int()[None]
 
     def unpack(self, stream: Tensor, packed: Tensor) -> Tensor:
         """See `TokenSet.unpack`; the rows of other tokens are not put back."""
-        rows = packed[0][self.packed_inverse[0].clamp(min=0)].to(stream.dtype).unflatten(0, stream.shape[:2])
+        rows = packed[0][self.ranks].to(stream.dtype).unflatten(0, stream.shape[:2])
         return torch.where(self.mask.view(*self.mask.shape, *(1,) * (stream.dim() - 2)), rows, stream)
 
 

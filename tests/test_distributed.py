@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import groupby
@@ -15,6 +12,7 @@ import pytest
 import torch
 from compositions import with_noise
 from oracles import Wide
+from processes import run_ranks
 from torch import Tensor, distributed
 
 import depthc
@@ -148,18 +146,7 @@ def processes(folder: Path, cases: Mapping[str, tuple[DepthModule, str, Mapping[
             simple = tokens.keys() == {"ids"}
             jobs[name] = job | {"ids": inputs["ids"] if simple else None, "generations": GENERATIONS if simple else []}
         torch.save((jobs, ranks), folder / f"{rank}.pt")
-    script, env = Path(__file__).with_name("staged.py"), os.environ | {"OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([sys.executable, script, str(rank), str(folder)], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
-    try:
-        for worker in workers:
-            _, complaint = worker.communicate(timeout=240)
-            assert worker.returncode == 0, complaint
-    finally:
-        for worker in workers:
-            worker.kill()  # the others of one that failed
+    run_ranks(Path(__file__).with_name("staged.py"), ranks, folder, limit=240)
     return [torch.load(folder / f"found{rank}.pt") for rank in range(ranks)]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import Tensor, distributed
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -40,17 +40,7 @@ def test_two_gpus(recipe: str, tmp_path: Path) -> None:
     for part in split(module.program).parts:
         own = {name: module.program.weights[name].detach().clone() for name in part.weights}
         torch.save((str(module.program), own, tokens), tmp_path / f"{part.number}.pt")
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        for worker in workers:
-            _, complaint = worker.communicate(timeout=200)
-            assert worker.returncode == 0, complaint
-    finally:
-        for worker in workers:
-            worker.kill()  # the other of one that failed
+    run_ranks(__file__, 2, tmp_path, limit=200)
     found: list[dict[str, Any]] = [torch.load(tmp_path / f"found{rank}.pt") for rank in range(2)]
     module, tokens = module.cuda(), tokens.cuda()
     expected = module(input_ids=tokens).logits.cpu()

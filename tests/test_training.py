@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
@@ -17,6 +14,7 @@ import oracles
 import pytest
 import torch
 from oracles import expert
+from processes import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -367,15 +365,7 @@ def test_a_step_lowers_the_loss_as_the_gradient_foretells(combine: str) -> None:
 @pytest.mark.slow
 def test_two_processes_are_the_mean_of_both(tmp_path: Path) -> None:
     """New weights are equal on every rank without a word between them; gradients are the mean of the halves'."""
-    script = Path(__file__).with_name("data_parallel.py")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([sys.executable, script, str(rank), str(tmp_path)], env=env, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, complaint = worker.communicate(timeout=300)
-        assert worker.returncode == 0, complaint
+    run_ranks(Path(__file__).with_name("data_parallel.py"), 2, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert one["noise"] != other["noise"]  # the ranks did draw differently
     assert [name for name in one["weights"] if name.startswith("depth.")]

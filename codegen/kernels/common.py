@@ -15,6 +15,8 @@ from depthc.ir.errors import InputError
 P = ParamSpec("P")
 R = TypeVar("R")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST_HEAD = 256  # features of a head of attention
+GRID = 65535  # programs along the second and third dimension of a launch
 _INSTALLED = find_spec("triton") is not None
 
 
@@ -58,6 +60,27 @@ def interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def refused_heads(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why no kernel of attention takes such queries, keys and values [batch, head, token, feature]; None if one may.
+
+    Example:
+        >>> half = torch.ones(1, 2, 1, 300, dtype=torch.half)
+        >>> refused_heads(half, half, half)
+        'heads have 300 features, more than 256'
+    """
+    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
+        return f"queries, keys and values are {q.dtype}, {k.dtype} and {v.dtype}, not all bf16, fp16 or fp32"
+    if q.shape[3] > WIDEST_HEAD:
+        return f"heads have {q.shape[3]} features, more than {WIDEST_HEAD}"
+    if any(x.numel() == 0 for x in (q, k)):
+        return "there are no queries or no keys"
+    if max(q.shape[:2]) > GRID:
+        return f"there are more than {GRID} sequences or heads"
+    if any(x.stride(3) != 1 for x in (q, k, v)):
+        return "features do not lie side by side"
+    return runs_on(q, k, v)
 
 
 def require_one_of(name: str, value: str, known: Collection[str]) -> None:

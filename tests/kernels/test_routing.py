@@ -125,14 +125,17 @@ def test_plans(kv: str, masked: bool) -> None:
     ("name", "masked"), [*(pytest.param(name, False, marks=MORE) for name in ("llama", "olmo2")), ("llama", True)]
 )
 def test_tokens_that_choose_their_depth(name: str, masked: bool) -> None:
-    """Packed rows are one batch row: the same kernels move them."""
+    """Packed rows are one batch row: the same kernels move them, also where rows of other tokens follow."""
     module, given = routed(name, "mor_token", masked=masked)
-    with ops() as seen:
-        found = step(module.train(), given)
-    assert seen["copy_rows"]
-    assert seen["combine"]
     module.kernels = ()
-    assert_same(found, step(module, given))
+    wanted = step(module.train(), given)
+    for module.bounded in (True, False):
+        module.kernels = KERNELS
+        with ops() as seen:
+            assert_same(step(module, given), wanted)
+        assert seen["copy_rows"]
+        assert seen["combine"]
+    module.kernels = ()
     module.eval()
     with torch.no_grad():
         wanted = module(*given["args"], **given["kwargs"])[0]

@@ -8,20 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthc.codegen.kernels.common import FLOATS, on, precision, runs_on
+from depthc.codegen.kernels.common import GRID, on, precision, refused_heads
 from depthc.codegen.kernels.decode_attention.reference import reference
 from depthc.codegen.kernels.decode_attention.tiles import QUERIES, options_of, queries_of, tiles_of, width_of
 from depthc.ir.errors import InputError
-
-LARGEST = 256  # features a head
-MOST = 65535  # sequences, and heads: what a grid has
 
 
 def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     mask: Tensor | None = None,
     place: Tensor | None = None,
     scale: float | None = None,
@@ -65,31 +61,18 @@ def applies(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         >>> applies(half, half, half)
         'heads have 300 features, more than 256'
     """
-    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
-        return f"queries, keys and values are {q.dtype}, {k.dtype} and {v.dtype}, not all bf16, fp16 or fp32"
-    if q.shape[3] > LARGEST:
-        return f"heads have {q.shape[3]} features, more than {LARGEST}"
-    if any(x.numel() == 0 for x in (q, k)):
-        return "there are no queries or no keys"
-    if max(q.shape[:2]) > MOST:
-        return f"there are more than {MOST} sequences or heads"
-    if any(x.stride(3) != 1 for x in (q, k, v)):
-        return "features do not lie side by side"
+    if reason := refused_heads(q, k, v):
+        return reason
     if (held := queries_of(q, k) * width_of(q) * q.element_size()) > QUERIES:
         return f"the queries of a key head take {held} bytes, more than {QUERIES}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return "gradients are wanted, and the kernels have no backward pass"
-    return runs_on(q, k, v)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return "gradients are wanted, and the kernels have no backward pass" if wanted else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Tensor] | None:
     """The op for such queries, keys and values; None where no kernel takes them (`depthc.ir.rows.rings`)."""
     fits = k.shape == v.shape and k.shape[3] == q.shape[3] and q.shape[1] % k.shape[1] == 0 and q.shape[2] == 1
-    return _attention if fits and applies(q, k, v) is None else None
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, place: Tensor, scale: float | None) -> Tensor:
-    return decode_attention(q, k, v, mask=mask, place=place, scale=scale)
+    return decode_attention if fits and applies(q, k, v) is None else None
 
 
 @torch.library.custom_op("depthc::decode_attention", mutates_args=())
@@ -102,7 +85,7 @@ def decode_attention_op(
     from depthc.codegen.kernels.decode_attention.kernel import share_kernel, sum_kernel
 
     (batch, heads, _, features), (key_heads, size) = q.shape, k.shape[1:3]
-    if max(batch, heads) > MOST:  # a compiler asks `applies` about other sizes than a run has
+    if max(batch, heads) > GRID:  # a compiler asks `applies` about other sizes than a run has
         return reference(q, k, v, mask, place, scale)
     width, out = width_of(q), _like(q)
     tiles = tiles_of(batch, key_heads, size, width * q.element_size())

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from depthc.codegen.kernels.common import FLOATS, on, runs_on, side_by_side
 from depthc.ir.errors import InputError
 
-FEW = 4  # rows; for more, tensor cores are faster
+FEW = 4  # rows, whose sums a program has in registers
 MOST = 3  # maps at once: query, key and value
 WIDEST = 16384  # features of a row, whose loop is unrolled
 _PROGRAMS = 264  # two for each of 132 multiprocessors

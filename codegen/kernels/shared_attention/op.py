@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthc.codegen.kernels.common import FLOATS, on, runs_on, side_by_side
+from depthc.codegen.kernels.common import on, refused_heads, side_by_side
 from depthc.codegen.kernels.shared_attention.reference import reference
 from depthc.ir.errors import InputError
 
-LARGEST = 256  # features a head
 FARTHEST = 1 << 23  # numbers from a token to the next: offsets inside a tile are 32-bit
-MOST = 65535  # sequences, and heads: what a grid has
 
 
 def shared_attention(
@@ -84,19 +82,9 @@ def applies(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         >>> applies(half, half, half)
         'heads have 300 features, more than 256'
     """
-    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
-        return f"queries, keys and values are {q.dtype}, {k.dtype} and {v.dtype}, not all bf16, fp16 or fp32"
-    if q.shape[3] > LARGEST:
-        return f"heads have {q.shape[3]} features, more than {LARGEST}"
-    if any(x.numel() == 0 for x in (q, k)):
-        return "there are no queries or no keys"
-    if max(q.shape[:2]) > MOST:
-        return f"there are more than {MOST} sequences or heads"
-    if any(x.stride(3) != 1 for x in (q, k, v)):
-        return "features do not lie side by side"
     if any(x.stride(2) > FARTHEST for x in (q, k, v)):
         return f"tokens lie more than {FARTHEST} numbers apart"
-    return runs_on(q, k, v)
+    return refused_heads(q, k, v)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, valid: Tensor | None, keep: Tensor | None) -> None:
