@@ -10,17 +10,17 @@ A row that is done is not run again. Floors are the bytes of all weights and key
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import in_a_process
-from routing import Results
+from routing import Results, in_turn, side_by_side
 from routing_plan import Asked, Sizes
 from routing_race import BYTES, Race
 from routing_time import Clock, Place, Ready
@@ -140,7 +140,9 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=560, help="seconds for this call (default: 560)")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: a tiny model, few calls")
     parser.add_argument("--retry", action="store_true", help="run what failed once more")
+    parser.add_argument("--jobs", type=int, default=1, help="rows that get ready at once (default: 1)")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--turns", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     options.backend = BACKEND
     return options
@@ -152,22 +154,26 @@ def main(given: Sequence[str] | None = None) -> int:
         row = ROWS[options.row]
         if options.tiny:
             row = replace(row, sizes=Sizes(32, 4, 2, 64), layers=4, context=24)
-        print(json.dumps(measure(row, Place(options.device, BACKEND))))
+        in_turn(partial(measure, row), options)
         return 0
     results, began = Results(options), time.perf_counter()
     again = results.failed() if options.retry else []
-    for name in options.only:
+
+    def one(name: str, turns: list[str]) -> bool:
+        """Whether a row is done."""
         left = int(options.limit - (time.perf_counter() - began))
-        if name in results.rows and name not in again:
-            continue
         if left < LIMIT / 2:
             print(f"{name}: {left} s are left: run this again", flush=True)
-            return 3
-        own = ["--row", name, "--device", options.device, *(["--tiny"] if options.tiny else [])]
-        found = in_a_process(__file__, own, min(left, LIMIT), fresh=False)
+            return False
+        own = ["--row", name, "--device", options.device, *(["--tiny"] if options.tiny else []), *turns]
+        found = in_a_process(__file__, own, min(left, LIMIT * options.jobs), fresh=False)
+        found.pop("waited", None)
         results.keep(name, found)
         print(f"{name}: {found.get('gain') or found.get('failed')}", flush=True)
-    return int(bool(results.failed()))
+        return True
+
+    remaining = [name for name in options.only if name not in results.rows or name in again]
+    return int(bool(results.failed())) if side_by_side(one, remaining, options.jobs) else 3
 
 
 if __name__ == "__main__":

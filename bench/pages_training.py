@@ -92,8 +92,9 @@ def _routing(variants: dict[str, list[Row]]) -> str:
 def _speed(variants: dict[str, list[Row]], measured: dict[str, Any]) -> str:
     lines = []
     for name, rows in variants.items():
-        speed = _mean(rows, "tokens_per_second", form=",.0f")
-        eager = _mean([measured.get(name, {})], "eager", "tokens_per_second", form=",.0f")
+        alone = [measured.get(name, {})]
+        speeds = [_mean(alone, door, "tokens_per_second", form=",.0f") for door in ("bodies", "eager")]
+        speed, eager = _mean(rows, "tokens_per_second", form=",.0f") or speeds[0], speeds[1]
         memory = _mean(rows, "peak_memory", form=".1f", scale=1e-9)
         how = ", ".join(sorted({row["compiled"] for row in rows}))
         length = [_mean(rows, "seconds", form=".0f"), _mean(rows, "steps", form=".0f")]

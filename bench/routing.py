@@ -4,10 +4,11 @@
     python bench/routing.py --out build/routing.json --plan                       what remains
     python bench/routing.py --out build/tiny.json --tiny --device cpu             a rehearsal
 
-Every row is a process of its own, the most important ones first, and its variants take turns (A B A B), twice over. A
-row that does not fit into what is left of `--limit` seconds is not begun; the same command goes on from there. A
-variant that fails says why in its row, and so does a row; the rest goes on. Exit status: 0 all rows are done, 3 some
-are left, 1 all are done and a row, or a variant of one, failed: `--retry` runs those again.
+Every row is a process of its own, the most important ones first, and its variants take turns (A B A B), twice over.
+With `--jobs`, several rows compile beside each other, and each is timed alone. A row that does not fit into what is
+left of `--limit` seconds is not begun; the same command goes on from there. A variant that fails says why in its row,
+and so does a row; the rest goes on. Exit status: 0 all rows are done, 3 some are left, 1 all are done and a row, or a
+variant of one, failed: `--retry` runs those again.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ import argparse
 import importlib
 import json
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ from machine import in_a_process, provenance, write
 from routing_plan import ROWS, Row, tiny
 from routing_race import BYTES, FLOPS
 from routing_time import Place
+from turns import Turns
 
 from depthc.ir.errors import DepthError
 
@@ -46,7 +52,9 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: tiny sizes, few calls")
     parser.add_argument("--retry", action="store_true", help="run what failed once more")
     parser.add_argument("--plan", action="store_true", help="say what remains")
+    parser.add_argument("--jobs", type=int, default=1, help="rows that get ready at once (default: 1)")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--turns", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(given)
 
 
@@ -69,7 +77,7 @@ class Results:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.path, made_by = options.out, provenance(options.device)
+        self.path, self._writing, made_by = options.out, threading.Lock(), provenance(options.device)
         made_by["command"] = f"python bench/{Path(sys.argv[0]).name}" + " --tiny" * options.tiny  # in several calls
         own = {"device": made_by["device"], "backend": options.backend, "tiny": options.tiny}
         held = json.loads(self.path.read_text()) if self.path.exists() else {**own, "rows": {}}
@@ -88,8 +96,9 @@ class Results:
 
     def keep(self, name: str, row: dict[str, Any]) -> None:
         """Add a row."""
-        self.rows[name] = row
-        write(self.report, self.path)
+        with self._writing:
+            self.rows[name] = row
+            write(self.report, self.path)
 
     def expected(self, row: Row) -> float:
         """Seconds that a row will take: what rows of its kind took, and some more; its limit, if there are none."""
@@ -108,22 +117,42 @@ class Results:
 def run(results: Results, options: argparse.Namespace, names: Sequence[str]) -> int:
     """Rows until they are done or time is up; the exit status."""
     began = time.perf_counter()
-    for name in names:
-        row, start = row_of(options, name), time.perf_counter()
-        left = options.limit - (start - began)
+
+    def one(name: str, turns: list[str]) -> bool:
+        """Whether a row is done."""
+        row, left = row_of(options, name), options.limit - (time.perf_counter() - began)
         if (wanted := results.expected(row)) > left:
             print(f"{name} may take {wanted:.0f} s and {left:.0f} s are left: run this again", flush=True)
-            return 3
-        given = ["--row", name, "--device", options.device, "--backend", options.backend]
-        limit = int(min(row.limit, left))
-        found = in_a_process(__file__, [*given, *(["--tiny"] if options.tiny else [])], limit, fresh=False)
+            return False
+        given = ["--row", name, "--device", options.device, "--backend", options.backend, *turns]
+        given += ["--tiny"] if options.tiny else []
+        limit, start = int(min(row.limit * (2 if turns else 1), left)), time.perf_counter()
+        found = in_a_process(__file__, given, limit, fresh=False)
         seconds = time.perf_counter() - start
         if "failed" in found and limit < row.limit and seconds >= limit:
             print(f"{name} is not done: run this again", flush=True)
-            return 3
+            return False
+        seconds -= found.pop("waited", 0.0)
         results.keep(name, found | {"settings": row.described(), "seconds": seconds})
         print(f"{name}: {summary(found)}, {seconds:.0f} s", flush=True)
-    return int(any(name in results.failed() for name in selected(options)))
+        return True
+
+    done = side_by_side(one, names, options.jobs)
+    return int(any(name in results.failed() for name in selected(options))) if done else 3
+
+
+def side_by_side(one: Callable[[str, list[str]], bool], names: Sequence[str], jobs: int) -> bool:
+    """Whether all rows are done, so many at once; each is told by what options its process takes turns with others."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        turns = ["--turns", str(Path(folder) / "device")] if jobs > 1 else []
+        return all(list(pool.map(lambda name: one(name, turns), names)))
+
+
+def in_turn(measure: Callable[[Place], dict[str, Any]], options: argparse.Namespace) -> None:
+    """Measure a row in this process, as one of those that share the device, and print what was found."""
+    place = Place(options.device, options.backend, Turns(options.turns))
+    place.turns.beside()
+    print(json.dumps(measure(place) | {"waited": place.turns.waited}))
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -143,7 +172,7 @@ def selected(options: argparse.Namespace) -> list[str]:
 def main(given: Sequence[str] | None = None) -> int:
     options = parse_arguments(given)
     if options.row:
-        print(json.dumps(measure(row_of(options, options.row), Place(options.device, options.backend))))
+        in_turn(partial(measure, row_of(options, options.row)), options)
         return 0
     results = Results(options)
     again = results.failed() if options.retry else []

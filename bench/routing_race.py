@@ -48,8 +48,14 @@ class Race:
 
         Every round has another order: what runs behind a variant that leaves the device cool is faster.
         """
-        order = random.Random(0)
         ready = {name: one for name, make in variants.items() if (one := self._make(name, make))}
+        with self.clock.place.turns.alone():
+            self._time(ready)
+        return self
+
+    def _time(self, ready: dict[str, Ready]) -> None:
+        """Time what is ready in turns."""
+        order = random.Random(0)
         calls = {name: self.clock.calls(one) for name, one in ready.items()}
         for _ in range(RUNS):
             samples: dict[str, list[float]] = {name: [] for name in ready}
@@ -62,7 +68,6 @@ class Race:
                         del ready[name]
             for name in ready:
                 self.times.setdefault(name, []).append(statistics.median(samples[name]))
-        return self
 
     def _drop(self, name: str, error: Exception) -> None:
         """Leave a variant out that failed."""
@@ -72,8 +77,9 @@ class Race:
             torch.cuda.empty_cache()
 
     def _make(self, name: str, make: Callable[[], Ready]) -> Ready | None:
+        self.clock.place.turns.beside()
         began = time.perf_counter()
-        if began > self.clock.until:
+        if began > self.clock.until + self.clock.place.turns.waited:
             self.skipped[name] = "the time of this row was gone before it was made"
             return None
         try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from routing_plan import Row
+from turns import Turns
 
 from depthc.codegen.functions import with_own_code
 from depthc.codegen.module import DepthModule
@@ -23,10 +24,11 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where rows are measured, and what torch.compile compiles with."""
+    """Where rows are measured, what torch.compile compiles with, and whose turn it is."""
 
     device: str
     backend: str = "inductor"
+    turns: Turns = field(default_factory=Turns)
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """One graph of a function, for the shapes that it is called with."""

@@ -40,9 +40,11 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", default=not torch.cuda.is_available(), help="compile nothing")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: a tiny model, a few steps")
+    parser.add_argument("--beside", action="store_true", help="other work is on the device: keep no speeds of runs")
     parser.add_argument("--retry", action="store_true", help="run what failed once more")
     parser.add_argument("--plan", action="store_true", help="say what remains")
-    parser.add_argument("--measure", action="store_true", help="how fast variants train")
+    parser.add_argument("--measure", action="store_true", help="how fast variants train, compiled and eager")
+    parser.add_argument("--compiled-only", action="store_true", help="measure no eager training")
     options = parser.parse_args(given)
     options.only = options.only or STUDIES[options.study].variants
     return options

@@ -99,6 +99,8 @@ class Experiment:
         text = self.text["report" if run.kind == "final" else "choice"]
         row = asdict(run) | {"kind": run.kind, "recipe": VARIANTS[run.variant].recipe.format(seed=run.seed)}
         row |= trainer.result() | {"peak_memory": peak, "compiled": compiled, "device": self.results.device}
+        if self.options.beside:
+            row["tokens_per_second"] = None
         row |= {"parameters": parameters(module), "flops_per_token": trainer.cost.most / self.settings.read}
         evaluation = time.perf_counter()
         row |= judged(module, run.variant, text, self.settings)
@@ -107,10 +109,10 @@ class Experiment:
         return row
 
     def measure(self) -> int:
-        """A short training of every variant through both doors: how fast it is is all that is kept; the exit status."""
+        """A short training of every variant, eager and compiled: how fast it is is all that is kept; the exit status."""
         longest = 0.0
         for variant in self.options.only:
-            for door in dict.fromkeys(("eager", self.door)):
+            for door in dict.fromkeys((self.door,) if self.options.compiled_only else ("eager", self.door)):
                 if door in self.results.report["speed"].get(variant, {}):
                     continue
                 if longest > self.left():

@@ -274,7 +274,13 @@ def one_capture(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def experiment(tmp_path: Path, data: bytes) -> Experiment:
     options = argparse.Namespace(
-        device="cpu", eager=True, checkpoints=tmp_path / "checkpoints", limit=1e6, only=["mor"]
+        device="cpu",
+        eager=True,
+        beside=False,
+        compiled_only=False,
+        checkpoints=tmp_path / "checkpoints",
+        limit=1e6,
+        only=["mor"],
     )
     results = Results(tmp_path / "training.json", TINY, "x", "cpu")
     return Experiment(results, corpus.split(data), options, Console(file=io.StringIO()))
