@@ -109,7 +109,7 @@ class Experiment:
         return row
 
     def measure(self) -> int:
-        """A short training of every variant, eager and compiled: how fast it is is all that is kept; the exit status."""
+        """A short training of every variant, compiled and eager: only how fast it is is kept; the exit status."""
         longest = 0.0
         for variant in self.options.only:
             for door in dict.fromkeys((self.door,) if self.options.compiled_only else ("eager", self.door)):
