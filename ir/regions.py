@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthc.ir.axes.ports import ports_of
 from depthc.ir.evaluate import Evaluator, gradients, indexed
 from depthc.ir.masks.causality import Causality
 from depthc.ir.program import Block, Call, Kv, On, Segment
@@ -160,8 +159,7 @@ def run_on(
 
 def _causal(evaluator: Evaluator, op: Call) -> tuple[bool, ...]:
     """Of every port, whether its mask is shown to be causality and no more."""
-    block, causality = evaluator.program.blocks[op.block], Causality.of(evaluator.program)
-    return tuple(causality.alone(block, port) for port in ports_of(block))
+    return Causality.of(evaluator.program).of_ports(evaluator.program.blocks[op.block])
 
 
 def settled(plan: Kv, filled: bool) -> Kv:

@@ -39,7 +39,7 @@ def require_subset(one: Pass, program: Program, call: Call, chosen: str = "", re
             where=", ".join(filter(None, (call.layer or call.block, error.where))),
             expected=error.expected,
             found=error.found,
-            remedy=remedy or "tie without route, or route layers that mix tokens by attention alone",
+            remedy=error.remedy or remedy or "tie without route, or route layers that mix tokens by attention alone",
         )
 
 
@@ -87,8 +87,10 @@ def _refusal(block: Block, call: Call) -> SubsetError | RecipeError | None:
     node = block.body.placeholders_of("value")[0]
     type = node.meta["input"].type
     if axes.labels[node][:2] != ((axes.batch,), (axes.token,)) or len(type.shape) != 3:
-        what = "its hidden states have another layout"
-        return RecipeError(what, expected="[batch, tokens, features]", found=str(type))
+        what, remedy = "its hidden states have another layout", ""
+        if type.shape[:1] == (1,):  # of one sequence, a batch is a number and no size
+            remedy = "capture the model with an example of two sequences"
+        return RecipeError(what, expected="[batch, tokens, features]", found=str(type), remedy=remedy)
     return None
 
 

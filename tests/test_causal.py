@@ -15,8 +15,11 @@ from torch.nn import functional as F
 
 import depthc
 from depthc.codegen.causal import flagged
+from depthc.ir.masks.causality import Causality
 from depthc.ir.program import Program
 from depthc.ir.verify import verify
+
+from .models import Spec, Stacked, ids, seeded
 
 MORE = pytest.mark.thorough
 CAUSAL = ("llama", "gpt_neox", *(pytest.param(name, marks=MORE) for name in ("gpt2", "olmo2", "mixtral", "opt")))
@@ -152,6 +155,15 @@ def test_gradients_are_those_of_the_model() -> None:
     found = torch.autograd.grad(total, [weights[name] for name in names])
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def test_dynamo_reads_what_is_known_of_a_block() -> None:
+    """Not the graphs that it was found in: those are none of its business, and torch 2.11 says so."""
+    program = depthc.capture(seeded(lambda: Stacked(Spec())), (ids(),))
+    (block,), causality = program.blocks.values(), Causality.of(program)
+    known = causality.of_ports(block)
+    read = torch.compile(lambda x: x + sum(causality.of_ports(block)), backend="eager", fullgraph=True)
+    assert read(torch.zeros(())) == sum(known)
 
 
 @pytest.mark.slow

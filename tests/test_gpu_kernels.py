@@ -89,12 +89,12 @@ def test_a_graph_takes_new_positions() -> None:
     x = inputs()
     judged(shared_attention(*x)[0], x)
     given, graph = torch.randn_like(x[0]), torch.cuda.CUDAGraph()
+    own, again = ([t.detach().requires_grad_() for t in x[:3]] for _ in range(2))  # gradient nodes have a stream
     with torch.cuda.graph(graph):
-        out, _ = shared_attention(*x)
-        grads = torch.autograd.grad(out, x[:3], given)
+        out, _ = shared_attention(*own, x[3])
+        grads = torch.autograd.grad(out, own, given)
     x[3].copy_(inputs()[3])
     graph.replay()
-    again = [t.detach().requires_grad_() for t in x[:3]]  # x has gradient nodes of the graph's stream
     eager, _ = shared_attention(*again, x[3])
     wanted = torch.autograd.grad(eager, again, given)
     for found, expected in zip((out, *grads), (eager, *wanted), strict=True):

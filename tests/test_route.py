@@ -10,7 +10,7 @@ import depthc
 from depthc.codegen.module import DepthModule
 from depthc.ir.errors import InputError, RecipeError, RoutingError
 
-from .models import Attention, ids, seeded, stack_program, states
+from .models import Attention, Spec, Stacked, ids, seeded, stack_program, states
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,13 @@ def test_layers_that_mix_tokens_are_refused_with_the_models_line(kind: str, op: 
     assert "test_route.py" in caught.value.where
     assert line in caught.value.where
     assert caught.value.remedy
+
+
+def test_an_example_of_one_sequence_is_refused_with_the_way_out() -> None:
+    """Export takes a batch of one for a number: such a program has no batch to select in."""
+    with pytest.raises(RecipeError, match="another layout") as caught:
+        depthc.compile(seeded(lambda: Stacked(Spec())), "tie(loops=3) | route()", args=(ids()[:1],))
+    assert "example of two sequences" in caught.value.remedy
 
 
 class Framed(nn.Module):

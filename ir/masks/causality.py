@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.ops import argument, op_name
-from depthc.ir.axes.ports import Port
+from depthc.ir.axes.ports import Port, ports_of
 from depthc.ir.masks.cones import Choice, Evaluation, Site, Unknown, inside, sites_of
 from depthc.ir.memo import once_a_program
 from depthc.ir.program import Block, Loop, Program
@@ -39,8 +39,15 @@ class Causality:
         self.program, self.sites, self.choice = program, sites_of(program), Choice(program)
         self._shown: dict[tuple[object, ...], bool] = {}
         self._alone: dict[tuple[str, fx.Node], bool] = {}
+        self._of_blocks: dict[str, tuple[bool, ...]] = {}
         loops = (op for op, _ in walk(program.stacks) if isinstance(op, Loop))
         self.complete = all(isinstance(op.count, int) for op in loops)  # else there are iterations that are no sites
+
+    def of_ports(self, block: Block) -> tuple[bool, ...]:
+        """`alone` of every port of a block; looked at once, so that Dynamo has nothing to look into later."""
+        if block.name not in self._of_blocks:
+            self._of_blocks[block.name] = tuple(self.alone(block, port) for port in ports_of(block))
+        return self._of_blocks[block.name]
 
     def alone(self, block: Block, port: Port) -> bool:
         """Whether the mask of a port is causality and no more in every application of its block.
