@@ -1,5 +1,7 @@
 """Steps of decoding: a decoder, and what staggering its stacks makes of it, each step as one CUDA graph.
 
+One row more has the models of the training study (`bench/training.py --study staggered`).
+
     python bench/decode.py --out build/decode.json                          on an H200
     python bench/decode.py --out build/decode.json --tiny --device cpu      a rehearsal
 
@@ -12,13 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import training_plan
 from machine import in_a_process
 from routing import Results, in_turn, side_by_side
 from routing_plan import Asked, Sizes
@@ -27,16 +30,32 @@ from routing_time import Clock, Place, Ready
 from torch import nn
 
 import depthc
+from depthc.ir.program import Program
 
-VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {  # a recipe, and options of the decoder
-    "original": ("identity", {}),
-    "original, without kernels": ("identity", {"kernels": False}),
-    "separate, window 128": ("stagger(window=128)", {}),
-    "separate": ("stagger()", {}),
-    "shared, window 128": ("stagger(shared=True, window=128)", {}),
-    "shared": ("stagger(shared=True)", {}),
-    "shared, window 128, branches": ("stagger(shared=True, window=128)", {"together": False}),
-    "recurrent, window 128": ("stagger(shared=True, window=128)", {"recurrent": True}),
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to decode with.
+
+    Attributes:
+        options: of the decoder.
+        depth: the share of the row's layers that it has.
+    """
+
+    recipe: str
+    options: Mapping[str, bool] = field(default_factory=dict)
+    depth: float = 1.0
+
+
+VARIANTS = {
+    "original": Variant("identity"),
+    "original, without kernels": Variant("identity", {"kernels": False}),
+    "separate, window 128": Variant("stagger(window=128)"),
+    "separate": Variant("stagger()"),
+    "shared, window 128": Variant("stagger(shared=True, window=128)"),
+    "shared": Variant("stagger(shared=True)"),
+    "shared, window 128, branches": Variant("stagger(shared=True, window=128)", {"together": False}),
+    "recurrent, window 128": Variant("stagger(shared=True, window=128)", {"recurrent": True}),
 }
 FASTEST = ("separate, window 128",)
 WIDTHS = {960: Sizes(960, 15, 5, 2560), 2048: Sizes(2048, 16, 8, 5632)}
@@ -51,6 +70,7 @@ class Row:
 
     Attributes:
         context: tokens so far.
+        variants: the first one is what others are compared with.
         asked: what is asked of the variants.
     """
 
@@ -59,6 +79,8 @@ class Row:
     batch: int
     layers: int = 16
     context: int = 1024
+    vocabulary: int = VOCABULARY
+    variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
     asked: tuple[Asked, ...] = ()
 
 
@@ -68,22 +90,30 @@ def _rows() -> dict[str, Row]:
         for width, sizes in WIDTHS.items():
             asked = (Asked(FASTEST, "original", 1 / GAIN[width]),) if batch == 1 else ()
             found[f"D={width}, B={batch}"] = Row(f"D={width}, B={batch}", sizes, batch, asked=asked)
-    return found
+    return {**found, "study": _study()}
+
+
+def _study() -> Row:
+    """The models of the training study."""
+    study, s = training_plan.STUDIES["staggered"], training_plan.Settings()
+    trained = {name: training_plan.VARIANTS[name] for name in study.variants}
+    variants = {name: Variant(one.recipe, depth=one.depth) for name, one in trained.items()}
+    return Row("study", Sizes(s.width, s.heads, s.heads, s.inner), 1, study.layers, s.context - 1, 256, variants)
 
 
 ROWS = _rows()
 
 
-def llama(row: Row) -> nn.Module:
-    """A Llama with a small vocabulary: its head is no part of what is compared."""
+def llama(row: Row, depth: float) -> nn.Module:
+    """A Llama with a share of the row's layers and a small vocabulary: its head is no part of what is compared."""
     import transformers
 
     s = row.sizes
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=row.vocabulary,
         hidden_size=s.width,
         intermediate_size=s.inner,
-        num_hidden_layers=row.layers,
+        num_hidden_layers=round(row.layers * depth),
         num_attention_heads=s.heads,
         num_key_value_heads=s.key_heads,
         max_position_embeddings=row.context + 1,
@@ -96,16 +126,22 @@ def measure(row: Row, place: Place) -> dict[str, Any]:
     """Seconds of a step of every variant, the same token at the same place again and again."""
     torch.manual_seed(0)
     with torch.device(place.device):
-        model = llama(row).to(torch.bfloat16).eval()
-        prompt, example = (torch.randint(VOCABULARY, shape) for shape in ((row.batch, row.context), (2, 9)))
-    program = depthc.capture(model, kwargs={"input_ids": example})
+        prompt, example = (torch.randint(row.vocabulary, shape) for shape in ((row.batch, row.context), (2, 9)))
+    programs: dict[float, Program] = {}
     sections: dict[str, tuple[int, ...]] = {}
     floors: dict[str, float] = {}
 
+    def program(depth: float) -> Program:
+        if depth not in programs:
+            with torch.device(place.device):
+                model = llama(row, depth).to(torch.bfloat16).eval()
+            programs[depth] = depthc.capture(model, kwargs={"input_ids": example})
+        return programs[depth]
+
     def made(name: str) -> Ready:
-        recipe, options = VARIANTS[name]
-        module = depthc.compile(program, recipe).eval()
-        decoder = depthc.Decoder(module, prompt, row.context + 1, compile=place.cuda, **options)
+        own = row.variants[name]
+        module = depthc.compile(program(own.depth), own.recipe).eval()
+        decoder = depthc.Decoder(module, prompt, row.context + 1, compile=place.cuda, **own.options)
         sections[name] = decoder.sections
         moved = sum(p.numel() * p.element_size() for p in module.parameters()) + decoder.cache_bytes
         floors[name] = moved / BYTES
@@ -119,13 +155,13 @@ def measure(row: Row, place: Place) -> dict[str, Any]:
 
     rounds, least = (12, 0.02) if place.cuda else (2, 0.0)
     clock = Clock(place, rounds, least, until=time.perf_counter() + LIMIT * 0.8)
-    race = Race(clock).run({name: (lambda name=name: made(name)) for name in VARIANTS})
-    times = {name: race.median(name) for name in race.times}
+    race = Race(clock).run({name: partial(made, name) for name in row.variants})
+    first, times = next(iter(row.variants)), {name: race.median(name) for name in race.times}
     return {
         "times": race.times,
         "failures": race.failed,
         "skipped": race.skipped,
-        "gain": {name: times["original"] / own for name, own in times.items()} if "original" in times else {},
+        "gain": {name: times[first] / own for name, own in times.items()} if first in times else {},
         "floors": floors,
         "sections": sections,
         "asked": [one.answer(times) for one in row.asked],

@@ -69,7 +69,7 @@ TABLES: dict[str, dict[str, Callable[[Report], str]]] = {
     "doors.md": {"backend": backend},
     "kernels.md": {"routing": routing},
     "composition.md": {"compositions": compositions},
-    "stagger.md": {"decode": decode},
+    "stagger.md": {"decode": decode, "staggered": training},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from statistics import mean
 from typing import Any
 
@@ -12,7 +13,9 @@ Row = dict[str, Any]
 
 def decode(report: Report) -> str:
     """Microseconds of a step, what staggering gains, and the floors."""
-    rows: dict[str, Row] = {name: row for name, row in report["rows"].items() if "times" in row}
+    done = {name: row for name, row in report["rows"].items() if "times" in row}
+    rows: dict[str, Row] = {name: done[name] for name in sorted(done, key=_width_and_batch)}
+    study = rows.pop("study", None)
     variants = list(dict.fromkeys(variant for row in rows.values() for variant in row["times"]))
     lines = [[variant, *(_cell(row, variant) for row in rows.values())] for variant in variants]
     asked = [
@@ -22,7 +25,19 @@ def decode(report: Report) -> str:
         if one["ratio"]
     ]
     parts = [origin(report), markdown(["microseconds of a step (floor)", *rows], lines)]
-    return "\n\n".join([*parts, markdown(["row", "variant", "gain asked", "gain found"], asked)])
+    parts.append(markdown(["row", "variant", "gain asked", "gain found"], asked))
+    if study:
+        parts += ["The models of the training study, one sequence:", _of_study(study)]
+    return "\n\n".join(parts)
+
+
+def _of_study(row: Row) -> str:
+    lines = [[name, f"{1e6 * mean(times):.0f}", f"{row['gain'][name]:.2f}"] for name, times in row["times"].items()]
+    return markdown(["variant", "microseconds of a step", "gain"], lines)
+
+
+def _width_and_batch(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)][::-1]
 
 
 def _cell(row: Row, variant: str) -> str:

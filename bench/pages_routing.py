@@ -5,9 +5,11 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
+from routing_plan import ROWS
 from tables import Report, markdown, origin
 
 Row = dict[str, Any]
+LONGEST = 160  # characters of an error
 HEADS = {
     "layer": "Routed layers: milliseconds of the dense layers on as many tokens, and ratios to them.",
     "shared": "A recursion that reads the keys of the first one: milliseconds.",
@@ -21,7 +23,7 @@ HEADS = {
 
 def routing(report: Report) -> str:
     """All tables, with what they are of."""
-    rows: dict[str, Row] = report["rows"]
+    rows: dict[str, Row] = {name: report["rows"][name] for name in ROWS if name in report["rows"]}
     parts = [origin(report), _asked(rows)]
     for kind, head in HEADS.items():
         own = {name: row for name, row in rows.items() if row["settings"]["kind"] == kind and "times" in row}
@@ -35,7 +37,7 @@ def _missing(row: Row) -> list[str]:
     """What a row, or variants of it, lack, and why."""
     whole = [f"{how}: {row[how]}" for how in ("failed", "skipped") if isinstance(row.get(how), str)]
     parts = {**row.get("failures", {}), **(row["skipped"] if isinstance(row.get("skipped"), dict) else {})}
-    return [*whole, *(f"{name}: {why}" for name, why in parts.items())]
+    return [why[:LONGEST] for why in (*whole, *(f"{name}: {why}" for name, why in parts.items()))]
 
 
 def _asked(rows: dict[str, Row]) -> str:

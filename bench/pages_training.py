@@ -1,4 +1,4 @@
-"""The tables of docs/training.md, of the results of the training experiment."""
+"""The tables of docs/training.md and docs/stagger.md, of the results of the training experiment."""
 
 from __future__ import annotations
 
@@ -25,7 +25,16 @@ def training(report: Report) -> str:
     ]
     failed = [f"- {name}: {row['failed']}" for name, row in report["runs"].items() if "failed" in row]
     parts += [_sweep([row for row in rows if row["kind"] == "sweep"])]
-    return "\n\n".join([*parts, *(["Runs that failed:\n\n" + "\n".join(failed)] if failed else [])])
+    return "\n\n".join([*filter(None, parts), *(["Runs that failed:\n\n" + "\n".join(failed)] if failed else [])])
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    """A table without columns that nobody fills; nothing, if there are no lines."""
+    if not lines:
+        return ""
+    columns = [column for column in zip(head, *lines, strict=True) if any(column[1:])]
+    top, *rest = (list(line) for line in zip(*columns, strict=True))
+    return markdown(top, rest)
 
 
 def _about(report: Report) -> str:
@@ -73,7 +82,7 @@ def _losses(variants: dict[str, list[Row]]) -> str:
         lines.append([name, *sizes, f"{rows[0]['rate']:g}", f"{cost / 1e6:.1f}", read, *bits])
     every = [f"seed {row}" for row in range(seeds)]
     head = "variant, parameters, applied, rate, MFLOP a byte, MB read, bits a byte".split(", ")
-    return markdown([*head, *every, "top-k"], lines)
+    return _table([*head, *every, "top-k"], lines)
 
 
 def _routing(variants: dict[str, list[Row]]) -> str:
@@ -86,7 +95,7 @@ def _routing(variants: dict[str, list[Row]]) -> str:
                 dead = [_mean(rows, rule, what, form=".2f", scale=100) for what in ("dead", "dead_positions")]
                 lines.append([f"{name}, {rule}", *shares, *dead])
     head = ["variant, rule", "tokens by depth, %", "chosen, %", "foretold, %", "dead tokens, %", "dead positions, %"]
-    return markdown(head, lines)
+    return _table(head, lines)
 
 
 def _speed(variants: dict[str, list[Row]], measured: dict[str, Any]) -> str:
@@ -97,10 +106,10 @@ def _speed(variants: dict[str, list[Row]], measured: dict[str, Any]) -> str:
         speed, eager = _mean(rows, "tokens_per_second", form=",.0f") or speeds[0], speeds[1]
         memory = _mean(rows, "peak_memory", form=".1f", scale=1e-9)
         how = ", ".join(sorted({row["compiled"] for row in rows}))
-        length = [_mean(rows, "seconds", form=".0f"), _mean(rows, "steps", form=".0f")]
-        lines.append([name, how, speed, eager, *length, memory])
+        seconds = _mean(rows, "seconds", form=".0f") if _each(rows, "tokens_per_second") else ""  # else beside others
+        lines.append([name, how, speed, eager, seconds, _mean(rows, "steps", form=".0f"), memory])
     head = "variant, compiled, bytes a second, eager, seconds, steps, peak memory in GB".split(", ")
-    return markdown(head, lines)
+    return _table(head, lines)
 
 
 def _sweep(rows: Sequence[Row]) -> str:
@@ -109,4 +118,4 @@ def _sweep(rows: Sequence[Row]) -> str:
     for row in sorted(rows, key=lambda row: (row["variant"], row["rate"])):
         bits = [_mean([row], rule, "bits") for rule in ("causal", "topk")]
         lines.append([row["variant"], f"{row['rate']:g}", *(["failed", ""] if "failed" in row else bits)])
-    return markdown(["variant that is tuned", "rate", "bits a byte, causal", "top-k"], lines)
+    return _table(["variant that is tuned", "rate", "bits a byte, causal", "top-k"], lines)
