@@ -51,6 +51,7 @@ VARIANTS = {
     "original": Variant("identity"),
     "original, without kernels": Variant("identity", {"kernels": False}),
     "separate, window 128": Variant("stagger(window=128)"),
+    "separate, window 128, branches": Variant("stagger(window=128)", {"together": False}),
     "separate": Variant("stagger()"),
     "shared, window 128": Variant("stagger(shared=True, window=128)"),
     "shared": Variant("stagger(shared=True)"),

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import SymInt, Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 from depthc.codegen.functions import with_own_code
+from depthc.codegen.over_sections import PerSection, over_sections
 from depthc.ir import sizes
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.caches import Cached, cached_of
@@ -62,7 +63,7 @@ class RowsLowering:
         block: Block,
         carries: Sequence[Tensor],
         sides: Sequence[Any],
-        params: Sequence[Tensor],
+        params: Sequence[Tensor | PerSection],
         consts: Sequence[float],
         *,
         kv: Sequence[Kv],
@@ -76,7 +77,7 @@ class RowsLowering:
         bounded: bool = False,
         **rows: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
-        """See `depthc.ir.rows.run.run_rows`."""
+        """See `depthc.ir.rows.run.run_rows`; a parameter may be one `PerSection`, and the batch is all of theirs."""
         ruler = None if length is None else carries[0].new_empty((length, 0))  # a size that is passed as a tensor
         tensors: Arguments = {"carries": tuple(carries), "sides": tuple(sides), "params": tuple(params)}
         tensors |= {"ruler": ruler, "caches": tuple(caches), "slots": rows.get("slots")}
@@ -99,7 +100,8 @@ class RowsLowering:
         key = (block.body.certificate, block.carries, *way.options, _structure(tensors), tuple(map(_kind, leaves)))
         if key not in self._graphs:
             self._graphs[key] = self._make(way, tensors)
-        return self._graphs[key](*[leaf for leaf in leaves if isinstance(leaf, Tensor)])  # type: ignore[no-any-return]
+        given = [x for leaf in leaves for x in (leaf if isinstance(leaf, PerSection) else (leaf,))]
+        return self._graphs[key](*[x for x in given if isinstance(x, Tensor)])  # type: ignore[no-any-return]
 
     def _made(self, way: Way, tensors: Arguments) -> Callable[..., Any]:
         return self.compile(_trace(way, tensors))
@@ -113,6 +115,8 @@ def _structure(tensors: Arguments) -> tuple[Any, ...]:
 
 def _kind(leaf: Any) -> Any:
     """What of a leaf a graph depends on: whether it is there, its dtype, and which of its sizes are 1."""
+    if isinstance(leaf, PerSection):
+        return len(leaf), *_kind(leaf[0])
     return (leaf.dtype, *(size == 1 for size in leaf.shape)) if isinstance(leaf, Tensor) else leaf
 
 
@@ -167,13 +171,23 @@ class Way:
 
 def _trace(way: Way, tensors: Arguments) -> Callable[..., Any]:
     """The function of one way to call `run_rows`, from its tensors in order."""
-    made, shape = trace_rows(way, tensors)
-    forward = fx.GraphModule(nn.Module(), made.graph).forward
+    leaves = pytree.tree_leaves(tensors)
+    own = [len(x) if isinstance(x, PerSection) else 0 for x in leaves if isinstance(x, Tensor | PerSection)]
+    first = pytree.tree_map(lambda x: x[0] if isinstance(x, PerSection) else x, tensors)
+    made, shape = trace_rows(way, first)
+    graph = over_sections(made.graph, own, _batch_of(way.block, made.graph)) if any(own) else made.graph
+    forward = fx.GraphModule(nn.Module(), graph).forward
 
     def lowered(*given: Tensor) -> Any:
         return pytree.tree_unflatten(forward(*given), shape)
 
     return with_own_code(lowered)
+
+
+def _batch_of(block: Block, graph: fx.Graph) -> SymInt:
+    """The size of the batch in a graph of `trace_rows`: that of its first carry."""
+    dim = analyse(block).labels[block.body.placeholders_of("value")[0]].index((analyse(block).batch,))
+    return next(iter(graph.nodes)).meta["val"].shape[dim]  # type: ignore[no-any-return]
 
 
 def trace_rows(

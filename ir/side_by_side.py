@@ -225,20 +225,24 @@ class Alone(Steps):
         piece = _shown(block, number)
         carry = block.body.placeholders_of("value").index(piece.takes[0])
         sides = [as_data(self.values[op.reads[i]]) for i in piece.values]
-        return self.run_piece(piece, op, [self._rows_of(op.reads[carry], block)], sides, indices)
+        params = self.params_of(piece, op, indices)
+        return self.run_piece(piece, op, params, [self._rows_of(op.reads[carry], block)], sides)
+
+    def params_of(self, piece: Piece, op: Call, indices: Mapping[str, int]) -> list[Tensor]:
+        """The parameters of a piece of a layer."""
+        return [self.evaluator.param(indexed(op.params[i], indices)) for i in piece.params]
 
     def run_piece(
         self,
         piece: Piece,
         op: Call,
+        params: Sequence[Any],
         states: Sequence[Tensor],
         sides: Sequence[Any],
-        indices: Mapping[str, int],
         plans: Sequence[Kv] = (),
         kept: Kept | None = None,
     ) -> tuple[Tensor, ...]:
         """What a piece of a layer makes of the new tokens."""
-        params = [self.evaluator.param(indexed(op.params[i], indices)) for i in piece.params]
         consts = [op.consts[i] for i in piece.consts]
         return self.run_block(piece.block, states, sides, params, consts, self._positions(None), plans, kept)[0]
 

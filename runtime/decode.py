@@ -19,6 +19,7 @@ from depthc.codegen import few_rows
 from depthc.codegen.causal import flagged
 from depthc.codegen.grouped import grouped
 from depthc.codegen.kernels.decode_attention import attend
+from depthc.codegen.kernels.few_rows import FEW
 from depthc.codegen.module import DepthModule
 from depthc.codegen.rows import RowsLowering
 from depthc.ir.errors import IncrementalError, InputError
@@ -50,8 +51,8 @@ class Decoder:
         argument, arguments: see `generate`.
         compile: compile the blocks with torch.compile, each once.
         graph: hold a step in a CUDA graph; on CUDA by default.
-        together: run stacks that share their layers as one batch; else, and where they do not, they are branches of
-            the graph.
+        together: run stacks as one batch, if they share their layers, or if these are alike and there are at most four
+            sequences, with `kernels`; else they are branches of the graph.
         recurrent: see `generate`.
         kernels: attention to caches, and linear maps of few rows in what is compiled, by kernels of this package where
             they apply.
@@ -112,9 +113,9 @@ class Decoder:
         arguments = bind(self.program.signature.parameters, (), {**others, **masks, slots.tokens: self._tokens})
         self._tensors = self.program.signature.flatten(*unbind(self.program.signature.parameters, arguments))
         last = last_stack(self.program) if recurrent else None
-        self._new_steps = self._steps_of_sections(together and not recurrent)
-        rows = len(prompt) * (len(self.sections) if self.together else 1)
-        compiler = (few_rows.compiler(rows) if kernels else torch.compile) if compile else lambda function: function
+        few = kernels and len(prompt) <= FEW and not torch.is_autocast_enabled(prompt.device.type)
+        self._new_steps = self._steps_of_sections(together and not recurrent, apart=few)
+        compiler = (few_rows.compiled if few else torch.compile) if compile else lambda function: function
         self._memory = Memory(
             torch.full((1, 1), self.place - 1, device=prompt.device),
             RowsLowering(compiler),
@@ -168,14 +169,14 @@ class Decoder:
         held = [t for caches in self._memory.static.values() for cache in caches for t in cache or ()]
         return sum(t.numel() * t.element_size() for t in held)
 
-    def _steps_of_sections(self, together: bool) -> Callable[..., Fixed]:
+    def _steps_of_sections(self, together: bool, apart: bool) -> Callable[..., Fixed]:
         """What evaluates a step: section by section, where there are some."""
         found = _side_by_side(self.program)
         if found is None:
             self.sections, self.together = tuple[int, ...](), False
             return Fixed
         self.sections = tuple(section.depth for section in found[1])
-        self.together = together and runs_together(self.program, found[1])
+        self.together = together and runs_together(self.program, found[1], apart)
         return partial(FixedTogether if self.together else FixedSections, *found)
 
     def _read(self, prompt: Tensor, slots: Slots, others: Mapping[str, Any]) -> tuple[Tensor, Past]:

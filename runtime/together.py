@@ -1,7 +1,8 @@
-"""Stacks that share their layers, together: what a step does in all of them is one sequence of kernels.
+"""Stacks whose layers are alike, together: what a step does in all of them is one sequence of kernels.
 
 A layer of the first stack is what layers of the others are without their cross-attention. So the rows of all stacks are
-one batch in front of the cross-attention and behind it, and weights are read once.
+one batch in front of the cross-attention and behind it. Weights that they share are read once; of their own, each
+section of the batch is given its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from depthc.codegen.over_sections import PerSection, has_sections
 from depthc.ir.axes.analysis import analyse
 from depthc.ir.axes.caches import Cached, cached_of
 from depthc.ir.axes.ports import ports_of
@@ -25,29 +27,43 @@ from depthc.ir.steps import Kept
 from depthc.runtime.fixed import FixedAlone
 
 
-def runs_together(program: Program, sections: Sequence[Section]) -> bool:
-    """Whether all sections have the same layers with the same weights, but for cross-attentions."""
+def runs_together(program: Program, sections: Sequence[Section], apart: bool = False) -> bool:
+    """Whether all sections have the same layers with the same weights, but for cross-attentions.
+
+    Args:
+        apart: or with other weights.
+    """
     if len({section.depth for section in sections}) != 1:
         return False
-    return all(_alike(program, calls) for calls in zip(*(section.calls for section in sections), strict=True))
+    return all(_alike(program, calls, apart) for calls in zip(*(section.calls for section in sections), strict=True))
 
 
-def _alike(program: Program, calls: Sequence[Call]) -> bool:
+def _alike(program: Program, calls: Sequence[Call], apart: bool) -> bool:
     layer, crossed, *_ = (program.blocks[call.block] for call in calls)
     if len({call.block for call in calls[1:]}) != 1 or (layer.carries, crossed.carries) != (1, 2):
         return False
     pieces = pieces_of(layer, crossed)
     if pieces is None or not _one_layout(pieces, layer, crossed):
         return False
+    if not all(_takes_weights(program, piece, calls, apart) for piece in pieces.shared):
+        return False
     return len({_bound(pieces, call, crossed.carries - 1) for call in calls[1:]} | {_bound(pieces, calls[0], 0)}) == 1
 
 
+def _takes_weights(program: Program, piece: Piece, calls: Sequence[Call], apart: bool) -> bool:
+    """Whether a piece can read those of all calls: the same ones, or, `apart`, others of the same types."""
+    names = [{call.params[i] for call in calls} for i in piece.params]
+    if all(len(own) == 1 for own in names):
+        return True
+    alike = all(len({program.params[name].type for name in own}) == 1 for own in names)
+    return apart and alike and has_sections(piece, [len(own) > 1 for own in names])
+
+
 def _bound(pieces: Pieces, call: Call, extra: int) -> tuple[Any, ...]:
-    """What the shared pieces read in a call; `extra` carries are in front of its side inputs."""
+    """What the shared pieces read in a call beside parameters; `extra` carries are in front of its side inputs."""
     found: list[Any] = []
     for piece in pieces.shared:
         found += [call.reads[i - 1 + extra] for i in piece.values]
-        found += [call.params[i] for i in piece.params]
         found += [call.consts[i] for i in piece.consts]
     return tuple(found)
 
@@ -93,7 +109,7 @@ class FixedTogether(Sections, FixedAlone):
             own = {node: value.chunk(len(depth), dim)[number] for node, value in states.items()}
             own[memory] = own[state]  # none of the new tokens is read
             kept = self._kept(call, crossed, site)
-            made += self._run_piece(pieces.crossing, call, own, [kept[i] for i in pieces.crossing.ports])
+            made += self._run_piece(pieces.crossing, [call], own, [kept[i] for i in pieces.crossing.ports])
         states[pieces.after] = torch.cat(made, dim)
         self._shared(pieces.rest, depth, states, 0 if pieces.front is None else len(pieces.front.ports))
         return states[crossed.body.results[0]]
@@ -105,7 +121,7 @@ class FixedTogether(Sections, FixedAlone):
         name = f"{depth[0][0]} {piece.block.name}"
         if name not in self.memory.static:
             self.memory.static[name] = [self._together(piece, depth, i, port + i) for i in range(len(piece.ports))]
-        made = self._run_piece(piece, depth[1][1], states, self.memory.static[name], len(depth))
+        made = self._run_piece(piece, [call for _, call in depth], states, self.memory.static[name])
         states.update(zip(piece.makes, made, strict=True))
 
     def _together(self, piece: Piece, depth: Sequence[tuple[str, Call]], number: int, port: int) -> Cache | None:
@@ -124,18 +140,21 @@ class FixedTogether(Sections, FixedAlone):
     def _run_piece(
         self,
         piece: Piece,
-        call: Call,
+        calls: Sequence[Call],
         states: Mapping[fx.Node, Tensor],
         caches: Sequence[Cache | None],
-        sections: int = 1,
     ) -> tuple[Tensor, ...]:
+        """Run a piece for the sections whose calls are given."""
+        call, sections = calls[-1], len(calls)
         block, ports = piece.block, ports_of(piece.block)
         alone = {i for i, port in enumerate(ports) if port.cross or sections == 1}
         inputs = block.body.placeholders_of("value")[block.carries :]
         sides = [self._side(call.reads[i], node, block, sections) for i, node in zip(piece.values, inputs, strict=True)]
         plans = [Kv("read" if i in alone else "update", "cache") for i in range(len(ports))]
         rows = [states[node] for node in piece.takes]
-        return self.run_piece(piece, call, rows, sides, {}, plans, Kept(tuple(caches), self._nothing()))
+        each = zip(*(self.params_of(piece, call, {}) for call in calls), strict=True)
+        params = [own[0] if all(x is own[0] for x in own) else PerSection(own) for own in each]
+        return self.run_piece(piece, call, params, rows, sides, plans, Kept(tuple(caches), self._nothing()))
 
     def _side(self, name: str, node: fx.Node, block: Block, sections: int) -> Any:
         """A side input, for the batch rows of all sections."""

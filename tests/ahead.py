@@ -29,7 +29,7 @@ def built(builds: Sequence[Mapping[str, Any]]) -> list[dict[str, int]]:
 
     Args:
         builds: for each `module`, `kernel`, `types` of its arguments ("i32" for those that are not named; "i32 even"
-            for multiples of 16), `constants`, and Triton's `options`.
+            for multiples of 16, lists for tuples), `constants`, and Triton's `options`.
     """
     command, env = [sys.executable, __file__, json.dumps(builds)], {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -38,7 +38,7 @@ def built(builds: Sequence[Mapping[str, Any]]) -> list[dict[str, int]]:
 
 
 def taken(
-    module: str, kernel: str, types: Mapping[str, str], constants: Mapping[str, Any], options: Mapping[str, int]
+    module: str, kernel: str, types: Mapping[str, Any], constants: Mapping[str, Any], options: Mapping[str, int]
 ) -> dict[str, int]:
     """Compile one kernel; pointers are aligned, as the launcher finds them to be."""
     import triton
@@ -47,13 +47,17 @@ def taken(
 
     function = getattr(importlib.import_module(module), kernel)
     names = function.arg_names
-    given = {n: types.get(n, "i32 even" if n.endswith(_EVEN) else "i32") for n in names}
-    even = [n for n in names if n not in constants and (given[n][0] == "*" or given[n].endswith(" even"))]
+    given = {n: types.get(n, "i32 even" if n.endswith(_EVEN) else "i32") for n in names if n not in constants}
+    places = {(names.index(n),): own for n, own in given.items() if isinstance(own, str)}
+    places |= {
+        (names.index(n), i): own for n, each in given.items() if isinstance(each, list) for i, own in enumerate(each)
+    }
+    even = [place for place, own in places.items() if own[0] == "*" or own.endswith(" even")]
     source = ASTSource(
         function,
-        {n: "constexpr" if n in constants else given[n].removesuffix(" even") for n in names},
+        {n: "constexpr" if n in constants else _signature(given[n]) for n in names},
         constexprs=dict(constants),
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in even},
+        attrs={place: [["tt.divisibility", 16]] for place in even},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
     with TemporaryDirectory() as folder:
@@ -64,6 +68,10 @@ def taken(
     sizes = {name: int(size) for name, size in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     sizes["SHARED"] += compiled.metadata.shared
     return sizes | {word: compiled.asm["ptx"].count(word) for word in WORDS}
+
+
+def _signature(given: str | list[str]) -> Any:
+    return tuple(map(_signature, given)) if isinstance(given, list) else given.removesuffix(" even")
 
 
 if __name__ == "__main__":

@@ -57,14 +57,15 @@ def test_steps(recipe: str, compile: bool, graph: bool, prompt: int) -> None:
     decoder = depthc.Decoder(module, tokens[:, :prompt], 24, compile=compile, graph=graph)
     assert (decoder._graph is not None) == graph
     assert decoder.sections == SECTIONS[recipe]
-    assert decoder.together == (recipe == SHARED)
+    assert decoder.together == ("stagger" in recipe)
     assert_steps(decoder, tokens, module(input_ids=tokens).logits)
 
 
+@pytest.mark.parametrize("recipe", [SHARED, "stagger(stacks=3)"])
 @pytest.mark.parametrize("compile", [False, True])
 @torch.no_grad()
-def test_stacks_that_share_their_layers_as_branches(compile: bool) -> None:
-    module, tokens = staggered(SHARED)
+def test_stacks_as_branches(recipe: str, compile: bool) -> None:
+    module, tokens = staggered(recipe)
     decoder = depthc.Decoder(module, tokens[:, :5], 24, compile=compile, together=False)
     assert not decoder.together
     assert_steps(decoder, tokens, module(input_ids=tokens).logits)

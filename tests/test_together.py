@@ -1,4 +1,4 @@
-"""Stacks that share their layers, one batch: every step is that of the whole sequence, and weights are read once."""
+"""Stacks whose layers are alike, one batch: every step is that of the whole sequence, and weights are read once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import depthc
+from depthc.codegen.few_rows import FEW_ROWS
+from depthc.codegen.kernels.few_rows import FEW
 from depthc.codegen.module import DepthModule
 from depthc.ir.pieces import pieces_of
 from depthc.ir.program import calls
@@ -26,7 +28,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two": {"shared": True},
     "window": {"shared": True, "window": 2, "lag": 2},
     "three": {"shared": True, "stacks": 3, "window": 3},
+    "apart": {},
+    "four apart": {"stacks": 4, "window": 3},
 }
+APART = {"window": 2, "lag": 2}  # layers of their own
 
 
 def begun(kind: str, rows: str) -> dict[str, Tensor]:
@@ -77,6 +82,16 @@ def test_as_the_whole_with_padding(kind: str) -> None:
     assert_as_the_whole(kind, "padded", **OPTIONS["window"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SOME)
+def test_layers_of_their_own_with_padding(kind: str) -> None:
+    """Norms and biases of each stack too. Experts are many maps, of which each token has its own: such are branches."""
+    if kind == "moe":
+        assert not steps_of(kind, "padded", compiled(kind, "padded", **APART))[1].together
+    else:
+        assert_as_the_whole(kind, "padded", **APART)
+
+
 class Reads(TorchDispatchMode):
     """How often each weight is part of a product, by its address."""
 
@@ -118,10 +133,49 @@ def test_every_weight_is_read_once(name: str) -> None:
     assert all(together[n] == [batch] for n in crossings)
 
 
-def test_stacks_with_layers_of_their_own_are_branches() -> None:
-    decoder, _ = decoder_of("llama", "full", compiled("llama"))
-    assert not decoder.together
-    assert decoder.sections == (4, 4)
+class Launches(TorchDispatchMode):
+    """How many sections each launch of linear maps of few rows has, and the addresses of the matrices of its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sections: list[int] = []
+        self.matrices: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is FEW_ROWS:
+            self.sections.append(args[4])
+            self.matrices += [matrix.data_ptr() for matrix in args[1]]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "stacks"), [("apart", 2), ("four apart", 4)])
+def test_layers_of_their_own_are_one_sequence_of_launches(name: str, stacks: int) -> None:
+    """Seven maps a depth, each with the matrices of all stacks, each of which is read once."""
+    module, tokens = compiled("llama", **OPTIONS[name]), captured("llama", "full")[2]["input_ids"]
+    with Wide():
+        decoder, _ = decoder_of("llama", "full", module)
+        with Launches() as launches:
+            decoder.step(tokens[:, PROMPT : PROMPT + 1])
+    assert launches.sections == [stacks] * 7 * (8 // stacks)
+    weights = module.program.weights
+    assert sorted(launches.matrices) == sorted(
+        w.data_ptr() for n, w in weights.items() if "layers" in n and "proj" in n
+    )
+
+
+def test_stacks_with_layers_of_their_own_as_branches() -> None:
+    """If one wants them so; of many sequences, whose products are the library's; and where autocast chooses dtypes."""
+    module, prompt = compiled("llama"), captured("llama", "full")[2]["input_ids"][:1, :PROMPT]
+
+    def together(rows: int = 1, cast: bool = False, **options: bool) -> bool:
+        with Wide(), torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            decoder = Decoder(module, prompt.expand(rows, -1), LENGTH, **options)
+        assert decoder.sections == (4, 4)
+        return decoder.together
+
+    assert together(FEW)
+    assert not any((together(FEW + 1), together(cast=True), together(together=False), together(kernels=False)))
 
 
 def test_pieces_of_other_layers() -> None:

@@ -35,19 +35,28 @@ def looped(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return torch.tensor(sums, dtype=torch.float64)
 
 
-@settings(max_examples=12, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 70), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.booleans())
-def test_against_a_loop(count: int, features: int, columns: list[int], biased: bool) -> None:
+@settings(max_examples=16, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 70),
+    st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_against_a_loop(count: int, features: int, columns: list[int], biased: bool, sections: int) -> None:
     """Rows and matrices that lie apart in memory, and more features than a program reads at a time."""
-    rows = torch.randn(count, features + 3, device=DEVICE)[:, :features]
-    matrices = [torch.randn(n, features + 5, device=DEVICE)[:, 2 : features + 2] for n in columns]
-    biases = [torch.randn(n, device=DEVICE) for n in columns] if biased else []
-    assert applies(rows, matrices, biases) is None
+    rows = torch.randn(sections * count, features + 3, device=DEVICE)[:, :features]
+    each = [n for n in columns for _ in range(sections)]
+    matrices = [torch.randn(n, features + 5, device=DEVICE)[:, 2 : features + 2] for n in each]
+    biases = [torch.randn(n, device=DEVICE) for n in each] if biased else []
+    assert applies(rows, matrices, biases, sections) is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(op, "_BLOCK", 32)
-        found = few_rows_linear(rows, matrices, biases)
-    for y, w, b in zip(found, matrices, biases or [None] * len(columns), strict=True):
-        torch.testing.assert_close(y.double().cpu(), looped(rows, w, b), rtol=1e-5, atol=1e-5)
+        found = few_rows_linear(rows, matrices, biases, sections=sections)
+    parts = [part for y in found for part in y.double().cpu().chunk(sections)]
+    for number, (y, w, b) in enumerate(zip(parts, matrices, biases or [None] * len(each), strict=True)):
+        own = rows.chunk(sections)[number % sections]
+        torch.testing.assert_close(y, looped(own, w, b), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("columns", [300, 700, pytest.param(2000, marks=pytest.mark.thorough)])
@@ -70,7 +79,7 @@ def test_what_does_not_apply() -> None:
         "same for rows": (rows.double(), [w]),
         "5 rows": (rows.expand(5, 8), [w]),
         "no rows": (rows[:0], [w]),
-        "4 matrices": (rows, [w] * 4),
+        "4 maps": (rows, [w] * 4),
         "side by side": (rows, [torch.randn(8, 6, device=DEVICE).T]),
         "more than 16384": (torch.randn(1, 20000, device=DEVICE), [torch.randn(1, 20000, device=DEVICE)]),
         "empty": (rows, [w[:0]]),
@@ -94,6 +103,10 @@ def test_shapes_that_do_not_fit() -> None:
         ([w], None, added[0]),
         ([w], None, added.double()),
         ([w, w], None, added),
+        ([w, w[:3]], None, None, 2),
+        ([w] * 3, None, None, 2),
+        ([w] * 3, None, None, 3),
+        ([w, w], None, None, 0),
     ]
     for arguments in wrong:
         with pytest.raises(InputError, match="do not fit together"):
@@ -202,9 +215,9 @@ def test_a_decoder(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
         launched.clear()
         attended.clear()
         torch.testing.assert_close(decoder.step(tokens[:, at : at + 1]), expected[:, at], rtol=1e-4, atol=1e-4)
-        # A layer has 4 launches, the head one; a crossing 2, and what is shown to it one.
-        layers = {"identity": [1] * 9, "stagger(window=3)": [1] * (9 + 3), "stagger(shared=True)": [2] * 8}[recipe]
-        assert sum(attended) == {"identity": 2, "stagger(window=3)": 3, "stagger(shared=True)": 4}[recipe]
+        # A layer has 4 launches, for all stacks, the head one; a crossing 2, and what is shown to it one.
+        layers = {"identity": [1] * 9, "stagger(window=3)": [1] * (5 + 3), "stagger(shared=True)": [2] * 8}[recipe]
+        assert sum(attended) == {"identity": 2, "stagger(window=3)": 2, "stagger(shared=True)": 4}[recipe]
         assert sorted(launched) == sorted(layers + [1] * 7 * (recipe == "stagger(shared=True)"))
 
 
@@ -214,13 +227,14 @@ def test_compiled_for_hopper() -> None:
     builds = []
     for rows in (1, 4):
         for features in (960, 5632):
-            tiles = op.tiles_of(rows, features, 4 * features)
-            options = {"num_warps": tiles.pop("num_warps")}
-            types = dict.fromkeys(("rows", "w0", "w1", "w2", "y0", "y1", "y2"), "*bf16")
-            types |= {f"{n}_stride": "i32 even" for n in ("row", "w0", "w1", "w2")}
-            constants = {"MATRICES": 3, "K": features, "added": None, "b0": None, "b1": None, "b2": None, **tiles}
-            one = {"module": MODULE, "kernel": "products_kernel", "types": types}
-            builds.append({**one, "constants": constants, "options": options})
+            for maps in (3, 6):  # of two sections
+                tiles = op.tiles_of(rows, features, 4 * features)
+                options = {"num_warps": tiles.pop("num_warps")}
+                types: dict[str, Any] = dict.fromkeys(("rows", "matrices", "made"), ["*bf16"] * maps)
+                types |= {"columns": ["i32"] * maps, "strides": ["i32 even"] * maps, "row_stride": "i32 even"}
+                constants = {"MAPS": maps, "K": features, "added": None, "biases": None, **tiles}
+                one = {"module": MODULE, "kernel": "products_kernel", "types": types}
+                builds.append({**one, "constants": constants, "options": options})
     for build, found in zip(builds, built(builds), strict=True):
         assert found["LOCAL"] == found["st.local"] == 0, build
         assert found["ld.global.v4"] > 0, build

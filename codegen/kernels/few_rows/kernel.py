@@ -13,23 +13,28 @@ import triton.language as tl
 
 @triton.jit
 def products_kernel(
-    rows, added, w0, w1, w2, b0, b1, b2, y0, y1, y2,
-    row_stride, w0_stride, w1_stride, w2_stride, n0, n1, n2, count,
-    MATRICES: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    rows, matrices, biases, added, made,  # a tuple each: [count, K], [n, K], [n], [count, n], [count, n]; or None
+    columns, strides, row_stride, count,  # n and the stride of every matrix
+    MAPS: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = rows w' + b + added for each of up to three matrices w [n, K]; a program makes OUT columns of one y."""
-    tile = tl.program_id(0)
-    w, b, y, stride, n = w0, b0, y0, w0_stride, n0
-    if MATRICES > 1:
-        before = tl.cdiv(n0, OUT)
-        if tile >= before:
-            w, b, y, stride, n = w1, b1, y1, w1_stride, n1
-            tile -= before
-            if MATRICES > 2:
-                before = tl.cdiv(n1, OUT)
-                if tile >= before:
-                    w, b, y, stride, n = w2, b2, y2, w2_stride, n2
-                    tile -= before
+    """y = x w' + b + added for each of some maps; a program makes OUT columns of one y."""
+    program = tl.program_id(0)
+    x, w, y, tile = rows[0], matrices[0], made[0], program
+    n, stride = tl.cast(columns[0], tl.int32), tl.cast(strides[0], tl.int32)
+    if biases is not None:
+        b = biases[0]
+    if added is not None:
+        plus = added[0]
+    begin = 0
+    for i in tl.static_range(1, MAPS):
+        begin += tl.cdiv(columns[i - 1], OUT)
+        if program >= begin:
+            x, w, y, tile = rows[i], matrices[i], made[i], program - begin
+            n, stride = tl.cast(columns[i], tl.int32), tl.cast(strides[i], tl.int32)
+            if biases is not None:
+                b = biases[i]
+            if added is not None:
+                plus = added[i]
     at = tile * OUT + tl.arange(0, OUT)
     which = tl.arange(0, ROWS)
     w += at.to(tl.int64)[:, None] * stride
@@ -38,13 +43,13 @@ def products_kernel(
         cols = start + tl.arange(0, BLOCK)
         weights = tl.load(w + cols[None, :], mask=(at < n)[:, None] & (cols < K)[None, :], other=0.0)
         wanted = (which < count)[:, None] & (cols < K)[None, :]
-        values = tl.load(rows + which[:, None] * row_stride + cols[None, :], mask=wanted, other=0.0)
+        values = tl.load(x + which[:, None] * row_stride + cols[None, :], mask=wanted, other=0.0)
         sums += values.to(tl.float32)[:, None, :] * weights.to(tl.float32)[None, :, :]
-    made = tl.sum(sums, 2)
-    if b is not None:
-        made += tl.load(b + at, mask=at < n, other=0.0).to(tl.float32)[None, :]
+    found = tl.sum(sums, 2)
+    if biases is not None:
+        found += tl.load(b + at, mask=at < n, other=0.0).to(tl.float32)[None, :]
     wanted = (which < count)[:, None] & (at < n)[None, :]
     place = which.to(tl.int64)[:, None] * n + at[None, :]
     if added is not None:
-        made += tl.load(added + place, mask=wanted, other=0.0).to(tl.float32)
-    tl.store(y + place, made.to(y.dtype.element_ty), mask=wanted)
+        found += tl.load(plus + place, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(y + place, found.to(y.dtype.element_ty), mask=wanted)

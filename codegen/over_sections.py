@@ -1,0 +1,114 @@
+"""The rows of several sections as one batch, with weights of their own: a graph for one section becomes one for all.
+
+Sections are equal parts of the batch, one behind the other. What reads no weights is computed for all of them at once.
+A linear map is one op for all sections; what else reads a weight is computed part by part, and put together again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor, fx
+
+from depthc.codegen.few_rows import FEW_ROWS
+from depthc.ir.axes.analysis import analyse
+from depthc.ir.pieces import Piece
+
+
+class PerSection(tuple[Any, ...]):
+    """What every section has of its own, in their order."""
+
+
+def has_sections(piece: Piece, own: Sequence[bool]) -> bool:
+    """Whether a piece of a layer can run for several sections at once.
+
+    Args:
+        own: of every parameter of the piece, whether sections have one each.
+    """
+    axes, body = analyse(piece.block), piece.block.body
+    apart = {node for node, one in zip(body.placeholders_of("param"), own, strict=True) if one}
+    for node in body.nodes:
+        if not apart & {*node.all_input_nodes}:
+            continue
+        label = axes.labels.get(node)
+        if label is None or any(axes.batch in atoms and atoms != (axes.batch,) for atoms in label):
+            return False
+        if not any(axes.batch in atoms for atoms in label):
+            apart.add(node)  # made of weights alone
+    return True
+
+
+def over_sections(graph: fx.Graph, sections: Sequence[int], batch: SymInt) -> fx.Graph:
+    """A graph over the rows of all sections.
+
+    Args:
+        graph: of one section, traced with symbolic sizes.
+        sections: of every placeholder, how many take its place; 0 for those that are of all sections.
+        batch: the size of the batch.
+    """
+    return _OverSections(graph, sections, batch).made
+
+
+class _OverSections:
+    def __init__(self, graph: fx.Graph, sections: Sequence[int], batch: SymInt) -> None:
+        self.count, self.batch, self.made = max(sections), batch.node.expr, fx.Graph()
+        self.values: dict[fx.Node, Any] = {}
+        self.chunks: dict[fx.Node, fx.Node] = {}
+        placeholders = iter(sections)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                own = next(placeholders)
+                copies = [self.made.placeholder(f"{node.name}_{i}") for i in range(max(1, own))]
+                self.values[node] = PerSection(copies) if own else copies[0]
+            else:
+                self.values[node] = self._made(node)
+
+    def _made(self, node: fx.Node) -> Any:
+        apart = [n for n in node.all_input_nodes if isinstance(self.values[n], PerSection)]
+        if not apart:
+            return self.made.node_copy(node, self.values.__getitem__)
+        if node.target is torch.ops.aten.linear.default and self._is_map(node):
+            x, *weights = (self.values[n] for n in node.all_input_nodes)
+            matrices, *biases = map(list, weights)
+            own = self.made.call_function(FEW_ROWS, (x, matrices, biases[0] if biases else [], None, self.count))
+            return self.made.call_function(getitem, (own, 0))
+        parts = [self.made.node_copy(node, partial(self._part, section=i)) for i in range(self.count)]
+        dim = self._dim(node)
+        if dim is None:
+            return PerSection(parts)
+        if all(self._dim(n) is None for n in node.all_input_nodes):  # a weight for every row
+            parts = [self._chunk(part, dim, i) for i, part in enumerate(parts)]
+        return self.made.call_function(torch.ops.aten.cat.default, (parts, dim))
+
+    def _is_map(self, node: fx.Node) -> bool:
+        """Whether rows are mapped by weights of which each section has its own."""
+        rows, *weights = node.all_input_nodes
+        return self._dim(rows) == 0 and all(isinstance(self.values[n], PerSection) for n in weights)
+
+    def _part(self, node: fx.Node, section: int) -> Any:
+        """What a section reads of a value."""
+        value = self.values[node]
+        if isinstance(value, PerSection):
+            return value[section]
+        dim = self._dim(node)
+        return value if dim is None else self._chunk(value, dim, section)
+
+    def _chunk(self, value: fx.Node, dim: int, section: int) -> fx.Node:
+        if value not in self.chunks:
+            self.chunks[value] = self.made.call_function(torch.ops.aten.chunk.default, (value, self.count, dim))
+        return self.made.call_function(getitem, (self.chunks[value], section))
+
+    def _dim(self, node: fx.Node) -> int | None:
+        """The dimension of the batch, if a value has one."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return None
+        shape: tuple[Any, ...] = value.shape
+        sizes = {d: n.node.expr for d, n in enumerate(shape) if isinstance(n, SymInt)}
+        found = [d for d, size in sizes.items() if self.batch in size.free_symbols]
+        assert all(sizes[d] == self.batch for d in found), f"{node}: a part of a dimension"  # not if `has_sections`
+        return found[0] if found else None
