@@ -1,7 +1,8 @@
 """The rows of several sections as one batch, with weights of their own: a graph for one section becomes one for all.
 
 Sections are equal parts of the batch, one behind the other. What reads no weights is computed for all of them at once.
-A linear map is one op for all sections; what else reads a weight is computed part by part, and put together again.
+A linear map is one op for all sections; what else reads a weight is computed part by part, and put together again. Rows
+may be given in parts too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from depthc.ir.pieces import Piece
 
 
 class PerSection(tuple[Any, ...]):
-    """What every section has of its own, in their order."""
+    """What every section has of its own, in their order; of rows, any parts of the batch."""
 
 
 def has_sections(piece: Piece, own: Sequence[bool]) -> bool:
@@ -46,7 +47,7 @@ def over_sections(graph: fx.Graph, sections: Sequence[int], batch: SymInt) -> fx
     """A graph over the rows of all sections.
 
     Args:
-        graph: of one section, traced with symbolic sizes.
+        graph: traced with the batch of all sections, whose size is a symbol, and the weights of one.
         sections: of every placeholder, how many take its place; 0 for those that are of all sections.
         batch: the size of the batch.
     """
@@ -55,16 +56,20 @@ def over_sections(graph: fx.Graph, sections: Sequence[int], batch: SymInt) -> fx
 
 class _OverSections:
     def __init__(self, graph: fx.Graph, sections: Sequence[int], batch: SymInt) -> None:
-        self.count, self.batch, self.made = max(sections), batch.node.expr, fx.Graph()
+        self.batch, self.made = batch.node.expr, fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self.chunks: dict[fx.Node, fx.Node] = {}
-        placeholders = iter(sections)
+        inputs = graph.find_nodes(op="placeholder")
+        given = dict(zip(inputs, sections, strict=True))
+        self.count = max(count for node, count in given.items() if self._dim(node) is None)
+        for node, count in given.items():
+            copies = [self.made.placeholder(f"{node.name}_{i}") for i in range(max(1, count))]
+            self.values[node] = PerSection(copies) if count else copies[0]
+        for node in (node for node, count in given.items() if count and self._dim(node) is not None):
+            parts = ([*self.values[node]], self._dim(node))
+            self.values[node] = self.made.call_function(torch.ops.aten.cat.default, parts)
         for node in graph.nodes:
-            if node.op == "placeholder":
-                own = next(placeholders)
-                copies = [self.made.placeholder(f"{node.name}_{i}") for i in range(max(1, own))]
-                self.values[node] = PerSection(copies) if own else copies[0]
-            else:
+            if node not in given:
                 self.values[node] = self._made(node)
 
     def _made(self, node: fx.Node) -> Any:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from depthc.codegen.functions import with_own_code
 from depthc.codegen.over_sections import PerSection, over_sections
 from depthc.ir import sizes
-from depthc.ir.axes.analysis import analyse
+from depthc.ir.axes.analysis import analyse, batch_dim
 from depthc.ir.axes.caches import Cached, cached_of
 from depthc.ir.axes.ports import ports_of
 from depthc.ir.program import Block, Kv
@@ -61,7 +61,7 @@ class RowsLowering:
     def __call__(
         self,
         block: Block,
-        carries: Sequence[Tensor],
+        carries: Sequence[Tensor | PerSection],
         sides: Sequence[Any],
         params: Sequence[Tensor | PerSection],
         consts: Sequence[float],
@@ -77,8 +77,9 @@ class RowsLowering:
         bounded: bool = False,
         **rows: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
-        """See `depthc.ir.rows.run.run_rows`; a parameter may be one `PerSection`, and the batch is all of theirs."""
-        ruler = None if length is None else carries[0].new_empty((length, 0))  # a size that is passed as a tensor
+        """See `depthc.ir.rows.run.run_rows`; parameters and rows may be `PerSection`, the batch being all of theirs."""
+        one = carries[0][0] if isinstance(carries[0], PerSection) else carries[0]
+        ruler = None if length is None else one.new_empty((length, 0))  # a size that is passed as a tensor
         tensors: Arguments = {"carries": tuple(carries), "sides": tuple(sides), "params": tuple(params)}
         tensors |= {"ruler": ruler, "caches": tuple(caches), "slots": rows.get("slots")}
         tensors |= {name: rows.get(name) for name in _ROW_SIZES}
@@ -116,7 +117,7 @@ def _structure(tensors: Arguments) -> tuple[Any, ...]:
 def _kind(leaf: Any) -> Any:
     """What of a leaf a graph depends on: whether it is there, its dtype, and which of its sizes are 1."""
     if isinstance(leaf, PerSection):
-        return len(leaf), *_kind(leaf[0])
+        return tuple([_kind(own) for own in leaf])
     return (leaf.dtype, *(size == 1 for size in leaf.shape)) if isinstance(leaf, Tensor) else leaf
 
 
@@ -173,8 +174,7 @@ def _trace(way: Way, tensors: Arguments) -> Callable[..., Any]:
     """The function of one way to call `run_rows`, from its tensors in order."""
     leaves = pytree.tree_leaves(tensors)
     own = [len(x) if isinstance(x, PerSection) else 0 for x in leaves if isinstance(x, Tensor | PerSection)]
-    first = pytree.tree_map(lambda x: x[0] if isinstance(x, PerSection) else x, tensors)
-    made, shape = trace_rows(way, first)
+    made, shape = trace_rows(way, _whole(way.block, tensors) if any(own) else tensors)
     graph = over_sections(made.graph, own, _batch_of(way.block, made.graph)) if any(own) else made.graph
     forward = fx.GraphModule(nn.Module(), graph).forward
 
@@ -184,10 +184,16 @@ def _trace(way: Way, tensors: Arguments) -> Callable[..., Any]:
     return with_own_code(lowered)
 
 
+def _whole(block: Block, tensors: Arguments) -> Arguments:
+    """The rows of all sections, and the parameters of the first one."""
+    rows = [torch.cat(x, batch_dim(block)) if isinstance(x, PerSection) else x for x in tensors["carries"]]
+    params = [x[0] if isinstance(x, PerSection) else x for x in tensors["params"]]
+    return tensors | {"carries": tuple(rows), "params": tuple(params)}
+
+
 def _batch_of(block: Block, graph: fx.Graph) -> SymInt:
     """The size of the batch in a graph of `trace_rows`: that of its first carry."""
-    dim = analyse(block).labels[block.body.placeholders_of("value")[0]].index((analyse(block).batch,))
-    return next(iter(graph.nodes)).meta["val"].shape[dim]  # type: ignore[no-any-return]
+    return next(iter(graph.nodes)).meta["val"].shape[batch_dim(block)]  # type: ignore[no-any-return]
 
 
 def trace_rows(

@@ -99,7 +99,7 @@ def _require_flat(program: Program, stack: Stack) -> None:
             )
         shown |= {op.reads[i] for i in late_carries(program, op)}
         for port in lagged_ports(program, op):
-            _shown(program.blocks[op.block], port)
+            shown_by(program.blocks[op.block], port)
 
 
 def _require_apart(program: Program, stack: Stack, sections: Sequence[Section]) -> None:
@@ -222,7 +222,7 @@ class Alone(Steps):
     def shown(self, op: Call, number: int, indices: Mapping[str, int]) -> Cache:
         """What one port of a layer keeps of the new tokens."""
         block = self.program.blocks[op.block]
-        piece = _shown(block, number)
+        piece = shown_by(block, number)
         carry = block.body.placeholders_of("value").index(piece.takes[0])
         sides = [as_data(self.values[op.reads[i]]) for i in piece.values]
         params = self.params_of(piece, op, indices)
@@ -264,7 +264,7 @@ class Sections(Alone):
             self.show(call, site, indices)
 
 
-def _shown(block: Block, port: int) -> Piece:
+def shown_by(block: Block, port: int) -> Piece:
     """What one port of a block keeps of a state."""
     return once(block, "shown", lambda: _make_shown(block, port), port)
 

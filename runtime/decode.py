@@ -36,7 +36,7 @@ from depthc.ir.text.functions import walk
 from depthc.runtime.fixed import Fixed, FixedLastStack, FixedSections, Memory
 from depthc.runtime.generate import Slots, scoring, slots_of
 from depthc.runtime.hoist import Hoisted
-from depthc.runtime.together import FixedTogether, runs_together
+from depthc.runtime.together import FixedTogether, crossings_at_once, runs_together
 
 _FAR = 0.05  # relative errors of bf16 are far below
 
@@ -177,7 +177,9 @@ class Decoder:
             return Fixed
         self.sections = tuple(section.depth for section in found[1])
         self.together = together and runs_together(self.program, found[1], apart)
-        return partial(FixedTogether if self.together else FixedSections, *found)
+        if not self.together:
+            return partial(FixedSections, *found)
+        return partial(FixedTogether, crossings_at_once(self.program, found[1]) if apart else 1, *found)
 
     def _read(self, prompt: Tensor, slots: Slots, others: Mapping[str, Any]) -> tuple[Tensor, Past]:
         """The logits behind a prompt, and the past of all its tokens but the last, which a step is tried with.

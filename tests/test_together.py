@@ -76,6 +76,14 @@ def test_as_the_whole(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "most"), [("apart", 3), ("four apart", 2), ("three", 5)])
+def test_cross_attentions_in_several_batches(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of several depths, the last one smaller; and of fewer than a depth has, where each is by itself."""
+    monkeypatch.setattr("depthc.runtime.together.SECTIONS", most)
+    assert_as_the_whole("llama", "full", **OPTIONS[name])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOME)
 def test_as_the_whole_with_padding(kind: str) -> None:
     """Masks with a row a batch row; a cross-attention in front of the layer, and behind one to an encoder."""
@@ -93,28 +101,34 @@ def test_layers_of_their_own_with_padding(kind: str) -> None:
 
 
 class Reads(TorchDispatchMode):
-    """How often each weight is part of a product, by its address."""
+    """How many rows each weight meets, one entry a product, by its address; and the sections of every launch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[int, list[int]] = {}
+        self.sections: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             base = args[-1] if args[-1]._base is None else args[-1]._base
             self.seen.setdefault(base.data_ptr(), []).append(len(args[-2]))
+        if func is FEW_ROWS:
+            rows, matrices, *_, sections = args
+            self.sections.append(sections)
+            for matrix in matrices:
+                self.seen.setdefault(matrix.data_ptr(), []).append(rows.shape[:-1].numel() // sections)
         return func(*args, **(kwargs or {}))
 
 
-def reads_of(module: DepthModule, **options: Any) -> Mapping[str, list[int]]:
-    """How many rows met each weight in a step, one entry a product."""
+def reads_of(module: DepthModule, **options: Any) -> tuple[Mapping[str, list[int]], list[int]]:
+    """How many rows met each weight in a step, one entry a product; and the sections of every launch."""
     with Wide():
         decoder, name = decoder_of("llama", "full", module, **options)
         token = captured("llama", "full")[2][name][:, PROMPT : PROMPT + 1]
         with Reads() as reads:
             decoder.step(token)
     weights = module.program.weights
-    return {n: reads.seen[w.data_ptr()] for n, w in weights.items() if w.data_ptr() in reads.seen}
+    return {n: reads.seen[w.data_ptr()] for n, w in weights.items() if w.data_ptr() in reads.seen}, reads.sections
 
 
 @pytest.mark.slow
@@ -123,7 +137,7 @@ def test_every_weight_is_read_once(name: str) -> None:
     """A product with the rows of all stacks for the layers, with one row a sequence for each cross-attention."""
     module, batch = compiled("llama", **OPTIONS[name]), len(ROWS["full"])
     stacks = OPTIONS[name].get("stacks", 2)
-    together, apart = reads_of(module), reads_of(module, together=False)
+    (together, launched), (apart, _) = reads_of(module), reads_of(module, together=False)
     layers = [n for n in together if "model.layers" in n and "stagger" not in n]
     assert len(layers) == 8 * 7
     assert all(together[n] == [batch * stacks] for n in layers)
@@ -131,37 +145,20 @@ def test_every_weight_is_read_once(name: str) -> None:
     crossings = [n for n in together if "stagger" in n and "combine" not in n]
     assert len(crossings) == 8 * 4 * (stacks - 1)
     assert all(together[n] == [batch] for n in crossings)
-
-
-class Launches(TorchDispatchMode):
-    """How many sections each launch of linear maps of few rows has, and the addresses of the matrices of its map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sections: list[int] = []
-        self.matrices: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is FEW_ROWS:
-            self.sections.append(args[4])
-            self.matrices += [matrix.data_ptr() for matrix in args[1]]
-        return func(*args, **(kwargs or {}))
+    assert len(launched) == (2 if stacks == 2 else 8 * 2 + 2 * 2)  # of cross-attentions, and of what they are shown
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "stacks"), [("apart", 2), ("four apart", 4)])
 def test_layers_of_their_own_are_one_sequence_of_launches(name: str, stacks: int) -> None:
-    """Seven maps a depth, each with the matrices of all stacks, each of which is read once."""
-    module, tokens = compiled("llama", **OPTIONS[name]), captured("llama", "full")[2]["input_ids"]
-    with Wide():
-        decoder, _ = decoder_of("llama", "full", module)
-        with Launches() as launches:
-            decoder.step(tokens[:, PROMPT : PROMPT + 1])
-    assert launches.sections == [stacks] * 7 * (8 // stacks)
-    weights = module.program.weights
-    assert sorted(launches.matrices) == sorted(
-        w.data_ptr() for n, w in weights.items() if "layers" in n and "proj" in n
-    )
+    """Seven maps a depth, each with the matrices of all stacks; two of the cross-attentions between them, and two for
+    what all of these are shown. Each matrix is read once."""
+    module, batch = compiled("llama", **OPTIONS[name]), len(ROWS["full"])
+    reads, launched = reads_of(module)
+    depths, others = 8 // stacks, stacks - 1
+    crossing = [others] * 2 if others > 1 else []  # of one alone, its maps are as everywhere
+    assert launched == [*[stacks] * 4, *crossing, *[stacks] * 3] * depths + [depths * others] * 2
+    assert all(reads[n] == [batch] for n in module.program.weights if "proj" in n)
 
 
 def test_stacks_with_layers_of_their_own_as_branches() -> None:

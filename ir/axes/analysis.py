@@ -96,6 +96,12 @@ def analyse(block: Block) -> Axes:
     return once(block, "axes", lambda: _analyse(block))
 
 
+def batch_dim(block: Block, node: fx.Node | None = None) -> int:
+    """The dimension of the batch in a value of a block; in its state by default."""
+    axes = analyse(block)
+    return int(axes.labels[node or block.body.placeholders_of("value")[0]].index((axes.batch,)))
+
+
 def _analyse(block: Block) -> Axes:
     probed = probe(block.body)
     flips: set[fx.Node] = set()
