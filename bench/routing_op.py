@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from routing_ops import OPS, Function, Inputs, Op, flex, inputs_of
+from routing_ops import OPS, Function, Inputs, Op, by_position, flex, inputs_of
 from routing_plan import Row
 from routing_race import BYTES, FLOPS, Race, judged
 from routing_time import Place, Ready, Variants, captured, clock_of, require_cuda
@@ -38,8 +38,8 @@ def variants_of(row: Row, op: Op, sets: list[Inputs], place: Place) -> Variants:
 
     def made(function: Function, compile: bool = True) -> Callable[[], Ready]:
         def make() -> Ready:
-            if function is flex and row.training:
-                require_cuda(place, "the backward of FlexAttention")
+            if function is flex:
+                return _ready(row, op, _flex(row, place), sets, place)
             return _ready(row, op, place.compiled(function) if compile else function, sets, place)
 
         return make
@@ -47,6 +47,14 @@ def variants_of(row: Row, op: Op, sets: list[Inputs], place: Place) -> Variants:
     found = {"kernel": made(op.kernel, False), "kernel, compiled": made(op.kernel)}
     found |= {"eager": made(op.plain, False), "eager form, compiled": made(op.plain)}
     return found | {name: made(function) for name, function in op.others}
+
+
+def _flex(row: Row, place: Place) -> Function:
+    """FlexAttention; its mask is a graph of its own: in one, Inductor of torch 2.11 fails where no gradient is."""
+    if row.training:
+        require_cuda(place, "the backward of FlexAttention")
+    mask, attend = place.compiled(lambda p, size: by_position(p, size)), place.compiled(lambda x, m: flex(x, m))
+    return lambda x: attend(x, mask(x.positions, x.k.shape[2]))
 
 
 def _ready(row: Row, op: Op, function: Function, sets: list[Inputs], place: Place) -> Ready:

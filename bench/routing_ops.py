@@ -130,9 +130,9 @@ def by_position(positions: Tensor, size: int) -> BlockMask:
     return create_block_mask(lambda b, _, q, k: filled[b, q] >= k, batch, None, rows, size, device=positions.device)
 
 
-def flex(x: Inputs) -> Outputs:
+def flex(x: Inputs, mask: BlockMask | None = None) -> Outputs:
     """The same by FlexAttention, whose mask is made anew, as a router would have it."""
-    mask = by_position(x.positions, x.k.shape[2])
+    mask = by_position(x.positions, x.k.shape[2]) if mask is None else mask
     return (flex_attention(x.q, x.k, x.v, block_mask=mask, enable_gqa=True),)
 
 

@@ -15,7 +15,7 @@ from routing_race import Race, judged
 from routing_region import HALF, Region, by_depthc, ready, routed_by, stream_of
 from routing_time import Place, Ready, Variants, clock_of, require_cuda
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 import depthc
 from depthc.ir.cost.flops import flops
@@ -77,21 +77,30 @@ class Shared:
     def _flex(self, given: Sequence[Tensor]) -> Ready:
         if self.row.training:
             require_cuda(self.place, "the backward of FlexAttention")
-        return ready(self.place.compiled(lambda x: self.flex(x)), self.stream, given, self.row.training)
+        choose, run = self.place.compiled(lambda h: self.choice(h)), self.place.compiled(lambda *x: self.flex(*x))
+        mask = self.place.compiled(lambda p, size: by_position(p, size))  # by itself: `routing_op._flex`
+
+        def forward(h: Tensor) -> Tensor:
+            logit, positions = choose(h)
+            return run(h, logit, positions, mask(positions, h.shape[1]))  # type: ignore[no-any-return]
+
+        return ready(forward, self.stream, given, self.row.training)
+
+    def choice(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The logit of every token, and the positions of those that are chosen."""
+        logit = scored(h, self.router)
+        return logit, best(logit, self.row.chosen)
 
     def all_tokens(self, h: Tensor) -> Tensor:
         """Every token runs, and the rows of the chosen ones are taken of the result."""
-        logit, y = scored(h, self.router), h
-        positions = best(logit, self.row.chosen)
+        (logit, positions), y = self.choice(h), h
         for layer, keys in zip(self.layers, self.keys, strict=True):
             y = layer(y, self.cos, self.sin, keys)
         return combined(h, y.gather(1, at(positions, h)), logit, positions)
 
-    def flex(self, h: Tensor) -> Tensor:
+    def flex(self, h: Tensor, logit: Tensor, positions: Tensor, mask: BlockMask) -> Tensor:
         """The chosen tokens run, with a mask by their positions."""
-        logit = scored(h, self.router)
-        positions = best(logit, self.row.chosen)
-        attend = partial(flex_attention, block_mask=by_position(positions, h.shape[1]), enable_gqa=True)
+        attend = partial(flex_attention, block_mask=mask, enable_gqa=True)
         y, cos, sin = h.gather(1, at(positions, h)), self.cos[positions][:, None], self.sin[positions][:, None]
         for layer, keys in zip(self.layers, self.keys, strict=True):
             y = layer(y, cos, sin, keys, attend)
