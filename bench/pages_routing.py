@@ -23,7 +23,8 @@ HEADS = {
 
 def routing(report: Report) -> str:
     """All tables, with what they are of."""
-    rows: dict[str, Row] = {name: report["rows"][name] for name in ROWS if name in report["rows"]}
+    order = {name: at for at, name in enumerate(ROWS)}
+    rows: dict[str, Row] = dict(sorted(report["rows"].items(), key=lambda row: order.get(row[0], len(order))))
     parts = [origin(report), _asked(rows)]
     for kind, head in HEADS.items():
         own = {name: row for name, row in rows.items() if row["settings"]["kind"] == kind and "times" in row}

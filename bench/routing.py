@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,9 +151,10 @@ def side_by_side(one: Callable[[str, list[str]], bool], names: Sequence[str], jo
 
 def in_turn(measure: Callable[[Place], dict[str, Any]], options: argparse.Namespace) -> None:
     """Measure a row in this process, as one of those that share the device, and print what was found."""
-    place = Place(options.device, options.backend, Turns(options.turns))
-    place.turns.beside()
-    print(json.dumps(measure(place) | {"waited": place.turns.waited}))
+    with closing(Turns(options.turns)) as turns:
+        turns.beside()
+        found = measure(Place(options.device, options.backend, turns))
+        print(json.dumps(found | {"waited": turns.waited}))
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class Turns:
-    """Turns at a device, by locks on two files that the process holds until it ends.
+    """Turns at a device, by locks on two files, held until `close`.
 
     Whoever wants to be alone shuts the door behind itself, so that it waits for those inside and not for those to come.
 
@@ -27,7 +27,7 @@ class Turns:
 
     def __init__(self, path: Path | None = None) -> None:
         self.waited = 0.0
-        self._files = path and (path.with_suffix(".door").open("w"), path.with_suffix(".room").open("w"))
+        self._files = [] if path is None else [path.with_suffix(end).open("w") for end in (".door", ".room")]
 
     def beside(self) -> None:
         """Use the device beside others, once those who want to be alone have been; anew if it is used already."""
@@ -41,6 +41,11 @@ class Turns:
             yield
         finally:
             self.beside()
+
+    def close(self) -> None:
+        """Leave the device to others."""
+        for file in self._files:
+            file.close()
 
     def _take(self, how: int) -> None:
         if not self._files:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from routing_region import HALF, Region, ready, routed_by, stream_of
 from routing_time import Clock, Place, Ready, Skip
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from turns import Turns
 
 import depthc
 from depthc.codegen.module import DepthModule
@@ -326,6 +329,54 @@ def test_a_row_that_the_call_had_no_time_for_is_none(rows: Rows, monkeypatch: py
     monkeypatch.setattr(routing.Results, "expected", lambda *_: 0.0)
     assert rows.call("--only", "1 layer, 2/3, forward", "--limit", "0.5") == 3
     assert "1 layer, 2/3, forward" not in json.loads(rows.out.read_text())["rows"]
+
+
+def test_rows_get_ready_side_by_side(rows: Rows) -> None:
+    """Those who do not fit into the time are left out; the rest is done, each told where the turns are kept."""
+    turns: list[str] = []
+
+    def process(script: str, arguments: list[str], limit: int, fresh: bool) -> dict[str, Any]:
+        turns.append(arguments[arguments.index("--turns") + 1])
+        return rows.process(script, arguments, limit, fresh) | {"waited": 1e6}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "in_a_process", process)
+        assert rows.call("--only", "MoR-3", "op, select", "op, take", "--limit", "200", "--jobs", "2") == 3
+    assert sorted(rows.ran) == ["op, select, 1/3", "op, take, 1/3", "op, take, 1/3, training"]
+    assert len(turns) == 3
+    assert len(set(turns)) == 1
+    found = json.loads(rows.out.read_text())["rows"]
+    assert all(row["seconds"] < 0 and "waited" not in row for row in found.values())  # waiting is no part of a row
+
+
+def test_whoever_is_timed_is_alone(tmp_path: Path) -> None:
+    """It waits for those inside, and those who come later wait for it."""
+    inside, timed, later = (Turns(tmp_path / "device") for _ in range(3))
+    seen: list[str] = []
+
+    def alone() -> None:
+        with timed.alone():
+            time.sleep(0.2)
+            seen.append("alone")
+
+    def beside() -> None:
+        later.beside()
+        seen.append("later")
+
+    inside.beside()
+    threads = [threading.Thread(target=one) for one in (alone, beside)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    assert seen == []
+    inside.beside()  # lets the others go first
+    seen.append("inside")
+    for thread in threads:
+        thread.join()
+    assert seen[0] == "alone"
+    assert min(one.waited for one in (inside, timed, later)) > 0.1
+    for one in (inside, timed, later):
+        one.close()
 
 
 def test_results_of_other_sizes_are_refused(rows: Rows) -> None:
