@@ -203,7 +203,11 @@ def main(given: Sequence[str] | None = None) -> int:
             print(f"{name}: {left} s are left: run this again", flush=True)
             return False
         own = ["--row", name, "--device", options.device, *(["--tiny"] if options.tiny else []), *turns]
-        found = in_a_process(__file__, own, min(left, LIMIT * options.jobs), fresh=False)
+        limit, start = min(left, LIMIT * options.jobs), time.perf_counter()
+        found = in_a_process(__file__, own, limit, fresh=False)
+        if "failed" in found and limit == left and time.perf_counter() - start >= left:
+            print(f"{name} is not done: run this again", flush=True)
+            return False
         found.pop("waited", None)
         results.keep(name, found)
         print(f"{name}: {found.get('gain') or found.get('failed')}", flush=True)

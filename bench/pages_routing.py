@@ -53,6 +53,7 @@ def _asked(rows: dict[str, Row]) -> str:
 
 def _times(kind: str, rows: dict[str, Row]) -> str:
     """A line a row: every variant, how far two runs were apart, and how near the fastest came to the floor."""
+    rows = {name: row | {"times": _right(row)} for name, row in rows.items()}
     variants = list(dict.fromkeys(name for row in rows.values() for name in row["times"]))
     lines = []
     for name, row in rows.items():
@@ -63,6 +64,11 @@ def _times(kind: str, rows: dict[str, Row]) -> str:
         lines.append([name, str(row["settings"]["chosen"]), *cells, *_beside(row), spread, floor])
     beside = ["GB of the fastest", "of vanilla"] if kind == "whole" else []
     return markdown(["row", "chosen", *variants, *beside, "runs apart, %", "of the floor, %"], lines)
+
+
+def _right(row: Row) -> dict[str, list[float]]:
+    """The times of variants whose results were right."""
+    return {name: runs for name, runs in row["times"].items() if name not in row["failures"]}
 
 
 def _cell(kind: str, variant: str, times: dict[str, float]) -> str:

@@ -105,7 +105,7 @@ class Results:
         """Seconds that a row will take: what rows of its kind took, and some more; its limit, if there are none."""
         alike = [
             done["seconds"]
-            for done in self.rows.values()
+            for done in list(self.rows.values())  # other threads add to them
             if all(done["settings"][name] == getattr(row, name) for name in ("kind", "layers", "training"))
         ]
         return min(row.limit, 1.3 * max(alike, default=float("inf")))
@@ -127,10 +127,11 @@ def run(results: Results, options: argparse.Namespace, names: Sequence[str]) -> 
             return False
         given = ["--row", name, "--device", options.device, "--backend", options.backend, *turns]
         given += ["--tiny"] if options.tiny else []
-        limit, start = int(min(row.limit * (2 if turns else 1), left)), time.perf_counter()
+        whole, start = row.limit * (2 if turns else 1), time.perf_counter()
+        limit = int(min(whole, left))
         found = in_a_process(__file__, given, limit, fresh=False)
         seconds = time.perf_counter() - start
-        if "failed" in found and limit < row.limit and seconds >= limit:
+        if "failed" in found and limit < whole and seconds >= limit:
             print(f"{name} is not done: run this again", flush=True)
             return False
         seconds -= found.pop("waited", 0.0)
@@ -153,8 +154,9 @@ def in_turn(measure: Callable[[Place], dict[str, Any]], options: argparse.Namesp
     """Measure a row in this process, as one of those that share the device, and print what was found."""
     with closing(Turns(options.turns)) as turns:
         turns.beside()
+        before, turns.waited = turns.waited, 0.0  # what a row has for itself begins now
         found = measure(Place(options.device, options.backend, turns))
-        print(json.dumps(found | {"waited": turns.waited}))
+        print(json.dumps(found | {"waited": before + turns.waited}))
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -81,9 +81,10 @@ def _maps(graph: fx.GraphModule) -> Iterator[_Map]:
         if node.target in _LINEAR:
             matrix, *bias = (n for n in node.args[1:] if isinstance(n, fx.Node))
             yield _Map((node,), (matrix,), tuple(bias))
-        elif node.target is FEW_ROWS and len(node.users) == 1:  # of several sections
-            _, matrices, biases, _, sections = node.args
-            yield _Map((next(iter(node.users)), node), tuple(matrices), tuple(biases), sections)
+        elif node.target is FEW_ROWS and len(node.users) == 1 and len(node.args) == 5:
+            (result,), (_, matrices, biases, added, sections) = node.users, node.args
+            if added is None and len(matrices) == sections and result.target is getitem:  # one map
+                yield _Map((result, node), tuple(matrices), tuple(biases), sections)
 
 
 def _residual(maps: list[_Map]) -> tuple[fx.Node | None, list[fx.Node]]:

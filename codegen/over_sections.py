@@ -21,7 +21,11 @@ from depthc.ir.pieces import Piece
 
 
 class PerSection(tuple[Any, ...]):
-    """What every section has of its own, in their order; of rows, any parts of the batch."""
+    """A weight that every section has of its own, in their order."""
+
+
+class Parts(tuple[Any, ...]):
+    """Rows of which parts of the batch are given, one behind the other."""
 
 
 def has_sections(piece: Piece, own: Sequence[bool]) -> bool:
@@ -36,10 +40,13 @@ def has_sections(piece: Piece, own: Sequence[bool]) -> bool:
         if not apart & {*node.all_input_nodes}:
             continue
         label = axes.labels.get(node)
-        if label is None or any(axes.batch in atoms and atoms != (axes.batch,) for atoms in label):
+        each = label if isinstance(label, list) else [label]  # of an op with several results
+        if None in each or any(axes.batch in atoms and atoms != (axes.batch,) for own in each for atoms in own):
             return False
-        if not any(axes.batch in atoms for atoms in label):
+        if not any(axes.batch in atoms for own in each for atoms in own):
             apart.add(node)  # made of weights alone
+        elif each is label:
+            return False
     return True
 
 
@@ -48,7 +55,7 @@ def over_sections(graph: fx.Graph, sections: Sequence[int], batch: SymInt) -> fx
 
     Args:
         graph: traced with the batch of all sections, whose size is a symbol, and the weights of one.
-        sections: of every placeholder, how many take its place; 0 for those that are of all sections.
+        sections: of every placeholder, how many weights or parts take its place; 0 for those that stay.
         batch: the size of the batch.
     """
     return _OverSections(graph, sections, batch).made
@@ -61,7 +68,9 @@ class _OverSections:
         self.chunks: dict[fx.Node, fx.Node] = {}
         inputs = graph.find_nodes(op="placeholder")
         given = dict(zip(inputs, sections, strict=True))
-        self.count = max(count for node, count in given.items() if self._dim(node) is None)
+        counts = {count for node, count in given.items() if count and self._dim(node) is None}
+        assert len(counts) <= 1, f"weights of {sorted(counts)} sections"
+        self.count = next(iter(counts), 0)
         for node, count in given.items():
             copies = [self.made.placeholder(f"{node.name}_{i}") for i in range(max(1, count))]
             self.values[node] = PerSection(copies) if count else copies[0]

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils import _pytree as pytree
 
 from depthc.codegen.functions import with_own_code
-from depthc.codegen.over_sections import PerSection, over_sections
+from depthc.codegen.over_sections import Parts, PerSection, over_sections
 from depthc.ir import sizes
 from depthc.ir.axes.analysis import analyse, batch_dim
 from depthc.ir.axes.caches import Cached, cached_of
@@ -37,6 +37,8 @@ from depthc.ir.types import Type
 _BATCH, _ROWS, _KEYS, _MEMBERS, _OTHERS = 3, 7, 13, 53, (19, 23, 29, 31, 37, 41, 43)
 
 _ROW_SIZES = {"positions": _ROWS, "valid": _ROWS, "key_positions": _KEYS, "key_valid": _KEYS}
+
+_SEVERAL = (PerSection, Parts)  # leaves that are several tensors
 
 Arguments = dict[str, Any]
 
@@ -61,7 +63,7 @@ class RowsLowering:
     def __call__(
         self,
         block: Block,
-        carries: Sequence[Tensor | PerSection],
+        carries: Sequence[Tensor | Parts],
         sides: Sequence[Any],
         params: Sequence[Tensor | PerSection],
         consts: Sequence[float],
@@ -77,8 +79,8 @@ class RowsLowering:
         bounded: bool = False,
         **rows: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Cache | None, ...]]:
-        """See `depthc.ir.rows.run.run_rows`; parameters and rows may be `PerSection`, the batch being all of theirs."""
-        one = carries[0][0] if isinstance(carries[0], PerSection) else carries[0]
+        """See `depthc.ir.rows.run.run_rows`; parameters may be `PerSection` and rows `Parts`, of the batch of all."""
+        one = carries[0][0] if isinstance(carries[0], Parts) else carries[0]
         ruler = None if length is None else one.new_empty((length, 0))  # a size that is passed as a tensor
         tensors: Arguments = {"carries": tuple(carries), "sides": tuple(sides), "params": tuple(params)}
         tensors |= {"ruler": ruler, "caches": tuple(caches), "slots": rows.get("slots")}
@@ -101,7 +103,7 @@ class RowsLowering:
         key = (block.body.certificate, block.carries, *way.options, _structure(tensors), tuple(map(_kind, leaves)))
         if key not in self._graphs:
             self._graphs[key] = self._make(way, tensors)
-        given = [x for leaf in leaves for x in (leaf if isinstance(leaf, PerSection) else (leaf,))]
+        given = [x for leaf in leaves for x in (leaf if isinstance(leaf, _SEVERAL) else (leaf,))]
         return self._graphs[key](*[x for x in given if isinstance(x, Tensor)])  # type: ignore[no-any-return]
 
     def _made(self, way: Way, tensors: Arguments) -> Callable[..., Any]:
@@ -116,7 +118,7 @@ def _structure(tensors: Arguments) -> tuple[Any, ...]:
 
 def _kind(leaf: Any) -> Any:
     """What of a leaf a graph depends on: whether it is there, its dtype, and which of its sizes are 1."""
-    if isinstance(leaf, PerSection):
+    if isinstance(leaf, _SEVERAL):
         return tuple([_kind(own) for own in leaf])
     return (leaf.dtype, *(size == 1 for size in leaf.shape)) if isinstance(leaf, Tensor) else leaf
 
@@ -173,7 +175,7 @@ class Way:
 def _trace(way: Way, tensors: Arguments) -> Callable[..., Any]:
     """The function of one way to call `run_rows`, from its tensors in order."""
     leaves = pytree.tree_leaves(tensors)
-    own = [len(x) if isinstance(x, PerSection) else 0 for x in leaves if isinstance(x, Tensor | PerSection)]
+    own = [len(x) if isinstance(x, _SEVERAL) else 0 for x in leaves if isinstance(x, (Tensor, *_SEVERAL))]
     made, shape = trace_rows(way, _whole(way.block, tensors) if any(own) else tensors)
     graph = over_sections(made.graph, own, _batch_of(way.block, made.graph)) if any(own) else made.graph
     forward = fx.GraphModule(nn.Module(), graph).forward
@@ -186,7 +188,7 @@ def _trace(way: Way, tensors: Arguments) -> Callable[..., Any]:
 
 def _whole(block: Block, tensors: Arguments) -> Arguments:
     """The rows of all sections, and the parameters of the first one."""
-    rows = [torch.cat(x, batch_dim(block)) if isinstance(x, PerSection) else x for x in tensors["carries"]]
+    rows = [torch.cat(x, batch_dim(block)) if isinstance(x, Parts) else x for x in tensors["carries"]]
     params = [x[0] if isinstance(x, PerSection) else x for x in tensors["params"]]
     return tensors | {"carries": tuple(rows), "params": tuple(params)}
 
@@ -274,11 +276,11 @@ class _Examples:
         names = sorted({n for i in self.inputs if isinstance(i.type, Type) for n in i.type.size_names()} - {"b"})
         self.hints = _hints(names, {size for size, now in self._sizes() if now != 1})
         label = self.axes.labels[block.body.placeholders_of("value")[0]]
-        self.batch_dim, self.token_dim = label.index((self.axes.batch,)), label.index((self.axes.token,))
+        self.token_dim = label.index((self.axes.token,))
         self.length = self.inputs[0].type.shape[self.token_dim]  # type: ignore[union-attr]
         self.apart = _apart(block)
         packed = tensors["slots"] is not None
-        self.batch = tensors["positions"].shape[0] if packed else tensors["carries"][0].shape[self.batch_dim]
+        self.batch = tensors["positions"].shape[0] if packed else tensors["carries"][0].shape[batch_dim(block)]
         self.rows = self._length
         if packed or tensors["positions"] is not None:
             self.rows = self.apart[_MEMBERS if packed else _ROWS]

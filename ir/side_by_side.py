@@ -221,12 +221,14 @@ class Alone(Steps):
 
     def shown(self, op: Call, number: int, indices: Mapping[str, int]) -> Cache:
         """What one port of a layer keeps of the new tokens."""
-        block = self.program.blocks[op.block]
-        piece = shown_by(block, number)
-        carry = block.body.placeholders_of("value").index(piece.takes[0])
+        piece = shown_by(self.program.blocks[op.block], number)
         sides = [as_data(self.values[op.reads[i]]) for i in piece.values]
-        params = self.params_of(piece, op, indices)
-        return self.run_piece(piece, op, params, [self._rows_of(op.reads[carry], block)], sides)
+        return self.run_piece(piece, op, self.params_of(piece, op, indices), [self.memory_of(op, piece)], sides)
+
+    def memory_of(self, op: Call, piece: Piece) -> Tensor:
+        """The new tokens' rows of the state that `shown_by` says a layer is shown."""
+        block = self.program.blocks[op.block]
+        return self._rows_of(op.reads[block.body.placeholders_of("value").index(piece.takes[0])], block)
 
     def params_of(self, piece: Piece, op: Call, indices: Mapping[str, int]) -> list[Tensor]:
         """The parameters of a piece of a layer."""

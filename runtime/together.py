@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from depthc.codegen.kernels.few_rows import SECTIONS
-from depthc.codegen.over_sections import PerSection, has_sections
+from depthc.codegen.kernels.few_rows import SECTIONS, WIDEST
+from depthc.codegen.over_sections import Parts, PerSection, has_sections
 from depthc.ir.axes.analysis import analyse, batch_dim
 from depthc.ir.axes.caches import Cached, cached_of
 from depthc.ir.axes.ports import ports_of
@@ -38,6 +38,7 @@ def runs_together(program: Program, sections: Sequence[Section], apart: bool = F
     """
     if len({section.depth for section in sections}) != 1:
         return False
+    apart = apart and len(sections) <= SECTIONS
     return all(_alike(program, calls, apart) for calls in zip(*(section.calls for section in sections), strict=True))
 
 
@@ -76,11 +77,16 @@ def crossings_at_once(program: Program, sections: Sequence[Section]) -> int:
 
 
 def _takes_weights(program: Program, piece: Piece, calls: Sequence[Call], apart: bool) -> bool:
-    """Whether a piece can read those of all calls: the same ones, or, `apart`, others of the same types."""
+    """Whether a piece can read those of all calls: the same ones, or, `apart`, others of the same types.
+
+    Maps of rows that are too wide for one launch are better made by each section for itself.
+    """
     names = [{call.params[i] for call in calls} for i in piece.params]
     if all(len(own) == 1 for own in names):
         return True
-    alike = all(len({program.params[name].type for name in own}) == 1 for own in names)
+    types = [{program.params[name].type for name in own} for own in names]
+    sizes = [n for each in types for type in each for n in type.shape if isinstance(n, int)]
+    alike = all(len(each) == 1 for each in types) and max(sizes, default=0) <= WIDEST
     return apart and alike and has_sections(piece, [len(own) > 1 for own in names])
 
 
@@ -139,7 +145,7 @@ class FixedTogether(Sections, FixedAlone):
         states: dict[fx.Node, Any] = {crossed.body.placeholders_of("value")[0]: rows}
         if pieces.front is not None:
             self._shared(pieces.front, depth, states, 0)
-        states[pieces.after] = PerSection(self._crossed(pieces, depth, states, dim))
+        states[pieces.after] = Parts(self._crossed(pieces, depth, states, dim))
         self._shared(pieces.rest, depth, states, 0 if pieces.front is None else len(pieces.front.ports))
         return states[crossed.body.results[0]]  # type: ignore[no-any-return]
 
@@ -209,9 +215,8 @@ class FixedTogether(Sections, FixedAlone):
         kept = dict(zip(crossing.ports, self._kept_of(crossing, crossings), strict=True))
         for port in lagged_ports(self.program, calls[0]):
             piece = shown_by(block, port)
-            carry = block.body.placeholders_of("value").index(piece.takes[0])
-            rows = [self._rows_of(call.reads[carry], block) for call in calls]
-            states = {piece.takes[0]: PerSection(rows) if len(rows) > 1 else rows[0]}
+            rows = [self.memory_of(call, piece) for call in calls]
+            states = {piece.takes[0]: Parts(rows) if len(rows) > 1 else rows[0]}
             made = self._run_piece(piece, calls, states, ())
             self.memory.write(kept[port] or (), made, [c.dim for c in cached_of(block)[port]], self.place)
 

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import depthc
 from depthc.codegen.few_rows import FEW_ROWS
 from depthc.codegen.over_sections import over_sections
 from depthc.codegen.rows import Example, traced
+
+from . import models
 
 WIDTH = 6
 Function = Callable[..., Tensor]  # of rows, and a matrix, two vectors and a number of each section
@@ -57,6 +60,31 @@ def test_as_section_by_section(name: str, sections: int, batch: int, seed: int) 
     expected = [function(x, *own) for x, *own in zip(rows.chunk(sections), *given, strict=True)]
     found = graph_of(function, given)(rows, *(one for own in given for one in own))
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-12, atol=1e-12)
+
+
+class Normed(nn.Module):
+    """A layer whose norm has several results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.randn(models.WIDTH)) for _ in range(2))
+        self.attention = models.Attention()
+
+    def forward(self, h: Tensor) -> Tensor:
+        normed = torch.native_layer_norm(h, (models.WIDTH,), self.weight, self.bias, 1e-5)[0]
+        return h + self.attention(normed)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def test_weights_of_an_op_with_several_results_keep_stacks_apart() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(17, (2, 9))
+    layers = [Normed() for _ in range(4)]
+    model = nn.Sequential(nn.Embedding(17, models.WIDTH), *layers, nn.Linear(models.WIDTH, 17))
+    module = depthc.compile(model, "stagger()", args=(ids,)).eval()
+    decoder = depthc.Decoder(module, ids[:, :5], 9)
+    assert not decoder.together
+    torch.testing.assert_close(decoder.step(ids[:, 5:6]), module(ids[:, :6])[:, -1])
 
 
 def test_maps_of_all_sections_are_one() -> None:

@@ -96,10 +96,10 @@ def analyse(block: Block) -> Axes:
     return once(block, "axes", lambda: _analyse(block))
 
 
-def batch_dim(block: Block, node: fx.Node | None = None) -> int:
-    """The dimension of the batch in a value of a block; in its state by default."""
+def batch_dim(block: Block) -> int:
+    """The dimension of the batch in a block's state."""
     axes = analyse(block)
-    return int(axes.labels[node or block.body.placeholders_of("value")[0]].index((axes.batch,)))
+    return int(axes.labels[block.body.placeholders_of("value")[0]].index((axes.batch,)))
 
 
 def _analyse(block: Block) -> Axes:

@@ -25,6 +25,7 @@ RECIPES = [
     *(pytest.param(r, marks=pytest.mark.thorough) for r in ("identity", "stagger(window=3)")),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_TENSORS = ("rows", "matrices", "biases", "added", "made")
 MODULE = "depthc.codegen.kernels.few_rows.kernel"
 
 
@@ -50,9 +51,11 @@ def test_against_a_loop(count: int, features: int, columns: list[int], biased: b
     matrices = [torch.randn(n, features + 5, device=DEVICE)[:, 2 : features + 2] for n in each]
     biases = [torch.randn(n, device=DEVICE) for n in each] if biased else []
     assert applies(rows, matrices, biases, sections) is None
+    residual = torch.randn(sections * count, columns[0], device=DEVICE) if len(columns) == 1 else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(op, "_BLOCK", 32)
-        found = few_rows_linear(rows, matrices, biases, sections=sections)
+        found = few_rows_linear(rows, matrices, biases, residual, sections=sections)
+    found = found if residual is None else [found[0] - residual]
     parts = [part for y in found for part in y.double().cpu().chunk(sections)]
     for number, (y, w, b) in enumerate(zip(parts, matrices, biases or [None] * len(each), strict=True)):
         own = rows.chunk(sections)[number % sections]
@@ -126,7 +129,8 @@ class Siblings(nn.Module):
         other, stream = self.plain[0](made[1]), x
         for factor in (2, 3):  # each a residual of the other
             stream = stream + self.plain[1](stream * factor)
-        return [*made, other, linear(x, self.plain[0].weight * 2), stream, x + made[1]]
+        direct = few_rows_linear(x, [self.plain[1].weight], None, x)[0]
+        return [*made, other, linear(x, self.plain[0].weight * 2), stream, x + made[1], direct]
 
 
 @pytest.mark.parametrize(("rows", "launches"), [(1, 6), (4, 6), (5, 0)])
@@ -134,7 +138,7 @@ class Siblings(nn.Module):
 def test_maps_of_a_graph(rows: int, launches: int) -> None:
     """Three maps a launch, another for the fourth, one for those with biases, and one each for maps of other rows.
 
-    The sum of a map that is used elsewhere stays a sum.
+    The sum of a map that is used elsewhere stays a sum, and a launch that was one before stays as it is.
     """
     torch.manual_seed(0)
     model, x = Siblings().to(DEVICE), torch.randn(rows, 8, device=DEVICE)
@@ -149,8 +153,8 @@ def test_maps_of_a_graph(rows: int, launches: int) -> None:
     torch.compiler.reset()
     torch.testing.assert_close(torch.compile(model, backend=backend)(x), expected)
     found = [n for n in made[0].graph.nodes if n.target is FEW_ROWS]
-    assert len(found) == launches
-    assert sum(n.args[3] is not None for n in found) == (2 if launches else 0)
+    assert len(found) == launches + 1
+    assert sum(n.args[3] is not None for n in found) == (2 if launches else 0) + 1
 
 
 class Writing(nn.Module):
@@ -230,9 +234,11 @@ def test_compiled_for_hopper() -> None:
             for maps in (3, 6):  # of two sections
                 tiles = op.tiles_of(rows, features, 4 * features)
                 options = {"num_warps": tiles.pop("num_warps")}
-                types: dict[str, Any] = dict.fromkeys(("rows", "matrices", "made"), ["*bf16"] * maps)
+                types: dict[str, Any] = dict.fromkeys(_TENSORS, ["*bf16"] * maps)
                 types |= {"columns": ["i32"] * maps, "strides": ["i32 even"] * maps, "row_stride": "i32 even"}
-                constants = {"MAPS": maps, "K": features, "added": None, "biases": None, **tiles}
+                constants = {"MAPS": maps, "K": features, **tiles}
+                if maps == 3:
+                    constants |= {"added": None, "biases": None}
                 one = {"module": MODULE, "kernel": "products_kernel", "types": types}
                 builds.append({**one, "constants": constants, "options": options})
     for build, found in zip(builds, built(builds), strict=True):

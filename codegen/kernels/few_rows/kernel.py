@@ -20,7 +20,7 @@ def products_kernel(
     """y = x w' + b + added for each of some maps; a program makes OUT columns of one y."""
     program = tl.program_id(0)
     x, w, y, tile = rows[0], matrices[0], made[0], program
-    n, stride = tl.cast(columns[0], tl.int32), tl.cast(strides[0], tl.int32)
+    n, stride = tl.cast(columns[0], tl.int32), tl.cast(strides[0], tl.int64)
     if biases is not None:
         b = biases[0]
     if added is not None:
@@ -30,13 +30,13 @@ def products_kernel(
         begin += tl.cdiv(columns[i - 1], OUT)
         if program >= begin:
             x, w, y, tile = rows[i], matrices[i], made[i], program - begin
-            n, stride = tl.cast(columns[i], tl.int32), tl.cast(strides[i], tl.int32)
+            n, stride = tl.cast(columns[i], tl.int32), tl.cast(strides[i], tl.int64)
             if biases is not None:
                 b = biases[i]
             if added is not None:
                 plus = added[i]
     at = tile * OUT + tl.arange(0, OUT)
-    which = tl.arange(0, ROWS)
+    which = tl.arange(0, ROWS).to(tl.int64)
     w += at.to(tl.int64)[:, None] * stride
     sums = tl.zeros((ROWS, OUT, BLOCK), tl.float32)
     for start in tl.static_range(0, K, BLOCK):
@@ -49,7 +49,7 @@ def products_kernel(
     if biases is not None:
         found += tl.load(b + at, mask=at < n, other=0.0).to(tl.float32)[None, :]
     wanted = (which < count)[:, None] & (at < n)[None, :]
-    place = which.to(tl.int64)[:, None] * n + at[None, :]
+    place = which[:, None] * n + at[None, :]
     if added is not None:
         found += tl.load(plus + place, mask=wanted, other=0.0).to(tl.float32)
     tl.store(y + place, found.to(y.dtype.element_ty), mask=wanted)

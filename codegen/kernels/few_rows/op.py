@@ -67,10 +67,10 @@ def reference(
     rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor], added: Tensor | None, sections: int
 ) -> list[Tensor]:
     """The same by torch, map by map and section by section."""
-    parts = rows.reshape(sections, -1, rows.shape[-1])
+    parts = rows.flatten(0, -2).chunk(sections) if sections > 1 else [rows]
     each: Sequence[Tensor | None] = biases or [None] * len(matrices)
     own = [linear(parts[i % sections], w, b) for i, (w, b) in enumerate(zip(matrices, each, strict=True))]
-    maps = [torch.cat(own[at : at + sections]) for at in range(0, len(own), sections)]
+    maps = [torch.cat(own[at : at + sections]) for at in range(0, len(own), sections)] if sections > 1 else own
     made = [y.view(*rows.shape[:-1], y.shape[-1]) for y in maps]
     return made if added is None else [y + added for y in made]
 
