@@ -410,7 +410,7 @@ def test_weights_for_inference(tied: Any) -> None:
                 assert not torch.equal(function(x), model(x))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_weights_of_a_routed_model(tmp_path: Path) -> None:
     model = seeded(lambda: Stacked(Spec(depth=4)))
     rewritten = depthc.compile(model, "mor", (ids(),), loops=2, std=1.0)

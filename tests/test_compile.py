@@ -206,8 +206,8 @@ def test_graphs_of_tied_layers_do_not_grow_with_depth() -> None:
     assert compiled_graphs(shallow, LENGTHS) == [first, *later]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kv", [pytest.param("recursion", marks=pytest.mark.thorough), "share_first"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("kv", ["recursion", "share_first"])
 def test_graphs_of_routed_layers_do_not_grow_with_depth(kv: str) -> None:
     """Six bodies and the block on rows (twice with shared keys); more where recursions hold other numbers of rows."""
     shallow, deep = (lowered(program_of("tokens", n), "mor", {"kv": kv}).train() for n in (8, DEEPER))

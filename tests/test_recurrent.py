@@ -66,7 +66,7 @@ def test_as_the_oracle_on_others(kind: str) -> None:
     assert_as_the_oracle(kind, "padded", **SHARED)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_documents() -> None:
     assert_as_the_oracle("llama", "packed", **SETTINGS["window"])
 

@@ -21,7 +21,7 @@ from depthc.ir.program import calls
 from depthc.runtime.decode import Decoder
 
 from .routed import FORWARD, ROWS, captured
-from .test_stagger import SOME, compiled
+from .test_stagger import EVERY, SOME, compiled
 from .test_stagger_steps import LENGTH, PROMPT, full, split
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -84,7 +84,7 @@ def test_cross_attentions_in_several_batches(name: str, most: int, monkeypatch: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in EVERY[1:])])
 def test_as_the_whole_with_padding(kind: str) -> None:
     """Masks with a row a batch row; a cross-attention in front of the layer, and behind one to an encoder."""
     assert_as_the_whole(kind, "padded", **OPTIONS["window"])
