@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 import training_plan
-from machine import in_a_process
-from routing import Results, in_turn, side_by_side
+from routing import Results, in_time, in_turn, side_by_side
 from routing_plan import Asked, Sizes
 from routing_race import BYTES, Race
 from routing_time import Clock, Place, Ready
@@ -202,16 +201,12 @@ def main(given: Sequence[str] | None = None) -> int:
         if left < LIMIT / 2:
             print(f"{name}: {left} s are left: run this again", flush=True)
             return False
-        own = ["--row", name, "--device", options.device, *(["--tiny"] if options.tiny else []), *turns]
-        limit, start = min(left, LIMIT * options.jobs), time.perf_counter()
-        found = in_a_process(__file__, own, limit, fresh=False)
-        if "failed" in found and limit == left and time.perf_counter() - start >= left:
-            print(f"{name} is not done: run this again", flush=True)
-            return False
-        found.pop("waited", None)
-        results.keep(name, found)
-        print(f"{name}: {found.get('gain') or found.get('failed')}", flush=True)
-        return True
+        found = in_time(__file__, ["--row", name, *turns], options, LIMIT * options.jobs, left)
+        if found is not None:
+            results.keep(name, found)
+        said = "not done, run this again" if found is None else found.get("gain") or found.get("failed")
+        print(f"{name}: {said}", flush=True)
+        return found is not None
 
     remaining = [name for name in options.only if name not in results.rows or name in again]
     return int(bool(results.failed())) if side_by_side(one, remaining, options.jobs) else 3

@@ -125,19 +125,12 @@ def run(results: Results, options: argparse.Namespace, names: Sequence[str]) -> 
         if (wanted := results.expected(row)) > left:
             print(f"{name} may take {wanted:.0f} s and {left:.0f} s are left: run this again", flush=True)
             return False
-        given = ["--row", name, "--device", options.device, "--backend", options.backend, *turns]
-        given += ["--tiny"] if options.tiny else []
-        whole, start = row.limit * (2 if turns else 1), time.perf_counter()
-        limit = int(min(whole, left))
-        found = in_a_process(__file__, given, limit, fresh=False)
-        seconds = time.perf_counter() - start
-        if "failed" in found and limit < whole and seconds >= limit:
-            print(f"{name} is not done: run this again", flush=True)
-            return False
-        seconds -= found.pop("waited", 0.0)
-        results.keep(name, found | {"settings": row.described(), "seconds": seconds})
-        print(f"{name}: {summary(found)}, {seconds:.0f} s", flush=True)
-        return True
+        given = ["--row", name, "--backend", options.backend, *turns]
+        found = in_time(__file__, given, options, row.limit * (2 if turns else 1), left)
+        if found is not None:
+            results.keep(name, found | {"settings": row.described()})
+        print(f"{name}: {'not done, run this again' if found is None else summary(found)}", flush=True)
+        return found is not None
 
     done = side_by_side(one, names, options.jobs)
     return int(any(name in results.failed() for name in selected(options))) if done else 3
@@ -148,6 +141,19 @@ def side_by_side(one: Callable[[str, list[str]], bool], names: Sequence[str], jo
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         turns = ["--turns", str(Path(folder) / "device")] if jobs > 1 else []
         return all(list(pool.map(lambda name: one(name, turns), names)))
+
+
+def in_time(
+    script: str, given: Sequence[str], options: argparse.Namespace, limit: float, left: float
+) -> dict[str, Any] | None:
+    """A row in a process of its own, with the seconds that it took; None if the call's time was up before its limit."""
+    began, seconds = time.perf_counter(), int(min(limit, left))
+    given = [*given, "--device", options.device, *(["--tiny"] if options.tiny else [])]
+    found = in_a_process(script, given, seconds, fresh=False)
+    took = time.perf_counter() - began
+    if "failed" in found and seconds < limit and took >= seconds:
+        return None
+    return found | {"seconds": took - found.pop("waited", 0.0)}
 
 
 def in_turn(measure: Callable[[Place], dict[str, Any]], options: argparse.Namespace) -> None:
@@ -164,7 +170,7 @@ def summary(row: dict[str, Any]) -> str:
     if "times" not in row:
         return next(f"{how}: {row[how]}" for how in ("failed", "skipped") if how in row)
     known = [f"{one['best']} {one['ratio']:.3f} of {one['peer']}" for one in row["asked"] if one["ratio"] is not None]
-    return ", ".join([*known, *(f"{name} failed" for name in row["failures"])]) or "done"
+    return ", ".join([*(known or ["done"]), *(f"{name} failed" for name in row["failures"]), f"{row['seconds']:.0f} s"])
 
 
 def selected(options: argparse.Namespace) -> list[str]:
