@@ -364,7 +364,7 @@ def test_whoever_is_timed_is_alone(tmp_path: Path) -> None:
         seen.append("later")
 
     inside.beside()
-    threads = [threading.Thread(target=one) for one in (alone, beside)]
+    threads = [threading.Thread(target=one, daemon=True) for one in (alone, beside)]
     for thread in threads:
         thread.start()
         time.sleep(0.2)
