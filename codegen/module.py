@@ -22,6 +22,7 @@ from depthc.codegen.kernels.shared_attention.attend import attend
 from depthc.codegen.loops import LoopBody
 from depthc.codegen.routing import KERNELS, KernelEvaluator, combines_of, scores_of
 from depthc.codegen.rows import RowsLowering
+from depthc.codegen.settled import tables_of
 from depthc.ir import selection, sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import InputError, StateDictError
@@ -74,7 +75,8 @@ class DepthModule(Checkpointing, nn.Module):
         self._rows = RowsLowering(attend=attend)
         self._blocks = {block.body.certificate for block in program.blocks.values()}
         self.program = program.with_weights(_Weights(self))
-        self._warmups, self._combines, self._scores = _warmups(program), combines_of(program), scores_of(program)
+        self._warmups, self._tables = _warmups(program), tables_of(program)
+        self._combines, self._scores = combines_of(program), scores_of(program)
         self._read_step()
         self.register_load_state_dict_post_hook(_read_step)  # also where a module around this one loads
 
@@ -206,7 +208,7 @@ class DepthModule(Checkpointing, nn.Module):
         )
         evaluator.run_rows, evaluator.kernels = self._rows, self._kernels
         evaluator.bounded = self.bounded
-        evaluator.combines, evaluator.scores = self._combines, self._scores
+        evaluator.combines, evaluator.scores, evaluator.tables = self._combines, self._scores, self._tables
         if self._checkpoint is not None and self.training:
             evaluator.run_rows = partial(self._checkpoint, self._rows)
         return evaluator

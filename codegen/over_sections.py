@@ -1,15 +1,15 @@
 """The rows of several sections as one batch, with weights of their own: a graph for one section becomes one for all.
 
 Sections are equal parts of the batch, one behind the other. What reads no weights is computed for all of them at once.
-A linear map is one op for all sections; what else reads a weight is computed part by part, and put together again. Rows
-may be given in parts too.
+A linear map is one op for all sections; what is computed element by element is one too, with a weight for every row.
+What else reads a weight is computed part by part, and put together again. Rows may be given in parts too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from operator import getitem
+from operator import floordiv, getitem
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class _OverSections:
         self.batch, self.made = batch.node.expr, fx.Graph()
         self.values: dict[fx.Node, Any] = {}
         self.chunks: dict[fx.Node, fx.Node] = {}
+        self.of_rows: dict[tuple[fx.Node, int], fx.Node] = {}  # by the dimensions of what they are computed with
         inputs = graph.find_nodes(op="placeholder")
         given = dict(zip(inputs, sections, strict=True))
         counts = {count for node, count in given.items() if count and self._dim(node) is None}
@@ -90,6 +91,8 @@ class _OverSections:
             matrices, *biases = map(list, weights)
             own = self.made.call_function(FEW_ROWS, (x, matrices, biases[0] if biases else [], None, self.count))
             return self.made.call_function(getitem, (own, 0))
+        if self._is_elementwise(node, apart):
+            return self.made.node_copy(node, lambda n: self._of_rows(n, node) if n in apart else self.values[n])
         parts = [self.made.node_copy(node, partial(self._part, section=i)) for i in range(self.count)]
         dim = self._dim(node)
         if dim is None:
@@ -102,6 +105,30 @@ class _OverSections:
         """Whether rows are mapped by weights of which each section has its own."""
         rows, *weights = node.all_input_nodes
         return self._dim(rows) == 0 and all(isinstance(self.values[n], PerSection) for n in weights)
+
+    def _is_elementwise(self, node: fx.Node, apart: Sequence[fx.Node]) -> bool:
+        """Whether elements of rows are computed of themselves and of weights that are the same for all rows."""
+        target, value = node.target, node.meta.get("val")
+        if torch.Tag.pointwise not in getattr(target, "tags", ()) or self._dim(node) != 0:
+            return False
+        given = [n.meta["val"] for n in apart]
+        once = all(own.dim() < value.dim() or own.shape[0] == 1 for own in given)
+        return once and not target._schema.is_mutable and any(self._dim(n) == 0 for n in node.all_input_nodes)
+
+    def _of_rows(self, weight: fx.Node, node: fx.Node) -> fx.Node:
+        """The weights of all sections, for every row of a result its own."""
+        rank, own = node.meta["val"].dim(), weight.meta["val"]
+        if (weight, rank) not in self.of_rows:
+            aten, rows = torch.ops.aten, next(n for n in node.all_input_nodes if self._dim(n) == 0)
+            shape = own.shape[1:] if own.dim() == rank else own.shape
+            wide = [1] * (rank - 1 - len(shape)) + [*shape]
+            count = self.made.call_function(aten.sym_size.int, (self.values[rows], 0))
+            each = self.made.call_function(floordiv, (count, self.count))
+            stacked = self.made.call_function(aten.stack.default, (list(self.values[weight]),))
+            apart = self.made.call_function(aten.view.default, (stacked, [self.count, 1, *wide]))
+            spread = self.made.call_function(aten.expand.default, (apart, [self.count, each, *wide]))
+            self.of_rows[weight, rank] = self.made.call_function(aten.reshape.default, (spread, [count, *wide]))
+        return self.of_rows[weight, rank]
 
     def _part(self, node: fx.Node, section: int) -> Any:
         """What a section reads of a value."""

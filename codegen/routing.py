@@ -6,7 +6,6 @@ Where an op does not apply (`depthc.codegen.choices` says why), the step runs as
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,107 +16,19 @@ from depthc.codegen.kernels import score
 from depthc.codegen.kernels import select as selecting
 from depthc.codegen.kernels.combine.fused import combine_fused
 from depthc.codegen.kernels.combine.match import OFF, Options, options_of
-from depthc.codegen.kernels.combine.reference import inverse_of
-from depthc.codegen.kernels.common import FLOATS, runs_on
-from depthc.codegen.kernels.rows import take_rows
+from depthc.codegen.kernels.common import FLOATS
 from depthc.codegen.kernels.score import match as scoring
+from depthc.codegen.sets import Ahead, Bounded, Tokens
+from depthc.codegen.settled import settled
 from depthc.ir.evaluate import Evaluator, indexed
-from depthc.ir.program import Call, Merge, Program, Segment, Select
+from depthc.ir.program import Call, Loop, Merge, Program, Segment, Select
 from depthc.ir.selection import all_tokens, read_rule, refuse_nan, share_of
 from depthc.ir.text.functions import walk
-from depthc.ir.tokens import TokenSet, found_once
+from depthc.ir.tokens import TokenSet
 
 KERNELS = ("score", "select", "rows", "combine", "attention")
 """What can be turned off: the logits of linear routers, the choice of the best tokens, their rows out of the stream,
 their rows back into it, and attention to the keys of all tokens."""
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens(TokenSet):
-    """A token set whose rows move by positions and their inverse.
-
-    Attributes:
-        by_rows: whether rows out of a stream take the gradient that is no sum.
-    """
-
-    by_rows: bool = True
-
-    @found_once
-    def inverse(self) -> Tensor:
-        """int32 [batch, tokens]: where each token stands among the rows, -1 if it does not."""
-        return inverse_of(self.positions, self.mask.shape[1], self.valid)
-
-    @found_once
-    def packed_inverse(self) -> Tensor:
-        """int32 [1, batch * tokens]: where each token stands among packed rows, -1 if it does not."""
-        return inverse_of(self.places[None], self.mask.numel())
-
-    def take(self, stream: Tensor, batch: int = 0, token: int = 1) -> Tensor:
-        """See `TokenSet.take`; the gradient is no sum."""
-        if self.everyone or (batch, token) != (0, 1) or not self._moves(stream):
-            return super().take(stream, batch, token)
-        return take_rows(stream, self.positions, self.inverse)
-
-    def pack(self, stream: Tensor) -> Tensor:
-        """See `TokenSet.pack`; the gradient is no sum."""
-        if not self._moves(stream):
-            return super().pack(stream)
-        return take_rows(stream.flatten(0, 1)[None], self.places[None], self.packed_inverse)
-
-    def _moves(self, stream: Tensor) -> bool:
-        """Whether rows of a stream move by positions and their inverse."""
-        return self.by_rows and stream.shape[:2] == self.mask.shape and not runs_on(stream)
-
-
-class Bounded(Tokens):
-    """A set that is packed at the size of all tokens: members first, then the others, which need not be computed.
-
-    So nothing waits for how many members there are, a CUDA graph may hold what is done with them, and a compiler sees
-    the whole as one graph. It takes the memory of all tokens. A single sequence is not packed, and wholly computed.
-    """
-
-    bounded = True
-
-    @found_once
-    def width(self) -> int:
-        """See `TokenSet.width`."""
-        return self.mask.shape[1]
-
-    @found_once
-    def positions(self) -> Tensor:
-        """All positions."""
-        return torch.arange(self.mask.shape[1], device=self.mask.device).expand_as(self.mask)
-
-    @found_once
-    def valid(self) -> Tensor:
-        """Which positions are members."""
-        return self.mask
-
-    @found_once
-    def ranks(self) -> Tensor:
-        """[batch * tokens]: where each token stands among the packed rows."""
-        members, others = self.mask.flatten(), ~self.mask.flatten()
-        return torch.where(members, members.cumsum(0), members.sum() + others.cumsum(0)) - 1
-
-    @found_once
-    def places(self) -> Tensor:
-        """[batch * tokens]: where each member is among all tokens, flattened, and then each other token."""
-        return self.ranks.scatter(0, self.ranks, torch.arange(self.mask.numel(), device=self.mask.device))
-
-    @found_once
-    def slots(self) -> Tensor:
-        """See `TokenSet.slots`: the rows of `positions` are all tokens."""
-        return self.places
-
-    @found_once
-    def packed_inverse(self) -> Tensor:
-        """See `Tokens.packed_inverse`."""
-        return self.ranks.where(self.mask.flatten(), -1).int()[None]
-
-    def unpack(self, stream: Tensor, packed: Tensor) -> Tensor:
-        """See `TokenSet.unpack`; the rows of other tokens are not put back."""
-        rows = packed[0][self.ranks].to(stream.dtype).unflatten(0, stream.shape[:2])
-        return torch.where(self.mask.view(*self.mask.shape, *(1,) * (stream.dim() - 2)), rows, stream)
 
 
 class KernelEvaluator(Evaluator):
@@ -127,6 +38,7 @@ class KernelEvaluator(Evaluator):
         kernels: those that are on, of `KERNELS`.
         scores: how linear routers read their stream, by the certificate of their body.
         combines: what merges compute, as options of the op, by the certificate of their body.
+        tables: the names of values that a compiler is to compute once.
         bounded: whether sets whose size the data decide are packed at the size of all tokens.
         made: what blocks and merges made, by name: memory that was not there before.
     """
@@ -135,14 +47,24 @@ class KernelEvaluator(Evaluator):
     bounded: bool = False
     scores: Mapping[str, scoring.Options] = {}
     combines: Mapping[str, Options] = {}
+    tables: Collection[str] = ()
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.made: dict[str, Tensor] = {}
         self._given: list[Any] = []  # the arguments
+        self._ahead = Ahead()
+
+    def loop(self, op: Loop, values: dict[str, Any], indices: Mapping[str, int]) -> None:
+        """Run a loop; sets that none of its layers changes are chosen in front of it."""
+        if not torch.compiler.is_compiling():
+            self._ahead.choose(self, op, values, indices)
+        super().loop(op, values, indices)
 
     def select(self, op: Select, values: Mapping[str, Any], indices: Mapping[str, int]) -> TokenSet:
         """A token set; one of the best tokens by the kernel."""
+        if (ahead := self._ahead.take(op, indices)) is not None:
+            return ahead
         rule, judged = self.rule(op)
         name, capacity = read_rule(rule, indices, self.step)
         if name == "topk" and judged and not op.within and "select" in self.kernels:
@@ -207,6 +129,9 @@ class KernelEvaluator(Evaluator):
             super().apply(op, values, indices)
         if isinstance(op, Call):
             self.made.update({name: values[name] for name in op.writes})
+        elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            tables = [name for name in op.writes if name in self.tables and values[name].is_floating_point()]
+            values.update({name: settled(values[name]) for name in tables})
 
     def _score(self, op: Segment, values: dict[str, Any], indices: Mapping[str, int]) -> bool:
         """Run a linear router by the kernel, where it applies; whether it did."""

@@ -126,9 +126,10 @@ class _Depths:
         ]
 
     def _recursion(self) -> list[Op]:
-        """The tokens that go at least as deep as this."""
+        """The tokens that go at least as deep as this; to recursion 0 all do, whatever the data."""
+        deeper = ["-inf", *map(str, range(self.count - 1))]
         return [
-            Select(self.chosen, f"atleast({self.index})", self.depth, self.active),
+            Select(self.chosen, f"threshold([{', '.join(deeper)}][{self.index}])", self.depth, self.active),
             self.recursion.on(self.chosen, self.y),
             Merge(self.h, self.h, self.y, self.chosen),
             *route_taps(f"{self.index}.{{{self.index}}}", self.active, self.chosen),

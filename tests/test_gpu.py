@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import wraps
 from pathlib import Path
 
 import oracles
@@ -99,6 +100,7 @@ def packed_against_padded(monkeypatch: pytest.MonkeyPatch, device: str, cast: bo
 
     calls, kernel = [], library.varlen_attn
 
+    @wraps(kernel)
     def counted(*args: object, **options: object) -> object:
         calls.append(args)
         return kernel(*args, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,18 @@ def choosing(dtype: torch.dtype = torch.bfloat16) -> DepthModule:
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False)
     model = LlamaForCausalLM(config).to("cuda", dtype)
     return depthc.compile(model, "mor_token", kwargs={"input_ids": tokens(0)}, sharing="cycle", std=2.0, balance=0.0)
+
+
+@torch.no_grad()
+def test_the_host_waits_once_for_all_depths() -> None:
+    module, ids = choosing().eval(), tokens(0)
+    module(input_ids=ids)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        module(input_ids=ids)
+    torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(warning.message) for warning in said) == 1
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -48,15 +51,24 @@ def attend(node: fx.Node, rows: Sequence[Tensor], packing: Packing) -> Tensor:
     """What an op that fits makes of packed queries, keys and values, [1, heads, members, features]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    heads = rows[0].shape[1]
     q, k, v = (x[0].transpose(0, 1).to(dtype_of(rows[0])) for x in rows)
-    k, v = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    if k.shape[1] != v.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     ends, most = packing.ends, packing.padded.count
     causal = argument(node, 5, "is_causal", False) or argument(node, 3, "attn_mask") is not None
     window = (-1, 0 if causal else -1)
     scale = argument(node, 6, "scale", None)
     if packing.bounded:
         q, k, v = (first(x, packing.members) for x in (q, k, v))
-    out = varlen_attn(q, k, v, ends, ends, most, most, scale=scale, window_size=window)
+    options: dict[str, Any] = {"enable_gqa": True} if k.shape[1] != q.shape[1] and _asks_for_groups() else {}
+    out = varlen_attn(q, k, v, ends, ends, most, most, scale=scale, window_size=window, **options)
     out = first(out, packing.members) if packing.bounded else out  # type: ignore[arg-type]
     return out.transpose(0, 1)[None]  # type: ignore[union-attr]
+
+
+@cache
+def _asks_for_groups() -> bool:
+    """Whether the function is to be told that query heads share key heads; that of torch 2.11 need not be."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters

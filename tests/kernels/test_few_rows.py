@@ -230,10 +230,10 @@ def test_compiled_for_hopper() -> None:
     """No spills, and 16-byte loads."""
     builds = []
     for rows in (1, 4):
-        for features in (960, 5632):
+        for features in (960, 2048, 5632):
             for maps in (3, 6):  # of two sections
                 tiles = op.tiles_of(rows, features, 4 * features)
-                options = {"num_warps": tiles.pop("num_warps")}
+                options = {"num_warps": op._WARPS}
                 types: dict[str, Any] = dict.fromkeys(_TENSORS, ["*bf16"] * maps)
                 types |= {"columns": ["i32"] * maps, "strides": ["i32 even"] * maps, "row_stride": "i32 even"}
                 constants = {"MAPS": maps, "K": features, **tiles}

@@ -20,7 +20,8 @@ MOST = 3  # maps at once: query, key and value
 SECTIONS = 8  # at once
 WIDEST = 16384  # features of a row, whose loop is unrolled
 _PROGRAMS = 264  # two for each of 132 multiprocessors
-_BLOCK = 2048  # features that a program reads at a time, 16 bytes a thread
+_BLOCK, _LONGEST = 1024, 2048  # features that a program reads at a time, and of a row that it reads at once
+_WARPS = 2  # so few for so many features that all loads of a program are on their way at once
 
 
 def few_rows_linear(
@@ -122,17 +123,16 @@ def _check(
 
 
 def tiles_of(rows: int, features: int, columns: int) -> dict[str, int]:
-    """How many columns a program makes, as long as there are programs enough, and how many features it reads at a time.
+    """How many columns a program makes, if there are programs enough, and how many features it reads at a time.
 
     Example:
         >>> tiles_of(1, 960, 960), tiles_of(3, 2560, 5120)
-        ({'ROWS': 1, 'OUT': 2, 'BLOCK': 1024, 'num_warps': 4}, {'ROWS': 4, 'OUT': 2, 'BLOCK': 2048, 'num_warps': 8})
+        ({'ROWS': 1, 'OUT': 2, 'BLOCK': 1024}, {'ROWS': 4, 'OUT': 2, 'BLOCK': 1024})
     """
-    few = 1 << (rows - 1).bit_length()
-    most = (4, 2) if few < FEW else (2,)  # sums of all rows are in registers
-    out = next((n for n in most if columns >= n * _PROGRAMS), 1)
-    block = max(32, min(1 << (features - 1).bit_length(), _BLOCK))
-    return {"ROWS": few, "OUT": out, "BLOCK": block, "num_warps": max(1, block // 256)}
+    few, wide = 1 << (rows - 1).bit_length(), 1 << (features - 1).bit_length()
+    most = _LONGEST if few < FEW else _BLOCK  # sums of all rows are in registers
+    block = max(32, wide if wide <= most else _BLOCK)
+    return {"ROWS": few, "OUT": 2 if columns >= 2 * _PROGRAMS else 1, "BLOCK": block}
 
 
 @torch.library.custom_op("depthc::few_rows", mutates_args=())
@@ -160,7 +160,7 @@ def few_rows_op(
             added if added is None else parts(added.contiguous()),
             tuple(part for y in made for part in parts(y)),
             columns, strides, flat.stride(0), total // sections,
-            MAPS=len(matrices), K=features, **tiles,
+            MAPS=len(matrices), K=features, **tiles, num_warps=_WARPS,
         )  # fmt: skip
     return made
 
