@@ -129,7 +129,7 @@ class KernelEvaluator(Evaluator):
             super().apply(op, values, indices)
         if isinstance(op, Call):
             self.made.update({name: values[name] for name in op.writes})
-        elif torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        elif torch.compiler.is_dynamo_compiling():  # torch.export takes what is written
             tables = [name for name in op.writes if name in self.tables and values[name].is_floating_point()]
             values.update({name: settled(values[name]) for name in tables})
 
