@@ -1,6 +1,6 @@
 """Steps of decoding: a decoder, and what staggering its stacks makes of it, each step as one CUDA graph.
 
-One row more has the models of the training study (`bench/training.py --study staggered`).
+Other rows have two and four stacks, and the models of the training study (`bench/training.py --study staggered`).
 
     python bench/decode.py --out build/decode.json                          on an H200
     python bench/decode.py --out build/decode.json --tiny --device cpu      a rehearsal
@@ -46,18 +46,26 @@ class Variant:
     depth: float = 1.0
 
 
+BATCH, BRANCHES = {"together": True}, {"together": False}
 VARIANTS = {
     "original": Variant("identity"),
     "original, without kernels": Variant("identity", {"kernels": False}),
-    "separate, window 128": Variant("stagger(window=128)"),
-    "separate, window 128, branches": Variant("stagger(window=128)", {"together": False}),
-    "separate": Variant("stagger()"),
-    "shared, window 128": Variant("stagger(shared=True, window=128)"),
-    "shared": Variant("stagger(shared=True)"),
-    "shared, window 128, branches": Variant("stagger(shared=True, window=128)", {"together": False}),
+    "separate, window 128": Variant("stagger(window=128)", BATCH),
+    "separate, window 128, branches": Variant("stagger(window=128)", BRANCHES),
+    "separate": Variant("stagger()", BATCH),
+    "shared, window 128": Variant("stagger(shared=True, window=128)", BATCH),
+    "shared": Variant("stagger(shared=True)", BATCH),
+    "shared, window 128, branches": Variant("stagger(shared=True, window=128)", BRANCHES),
     "recurrent, window 128": Variant("stagger(shared=True, window=128)", {"recurrent": True}),
 }
-FASTEST = ("separate, window 128",)
+STACKS = {
+    "original": Variant("identity"),
+    "two": Variant("stagger(window=128)", BATCH),
+    "two, branches": Variant("stagger(window=128)", BRANCHES),
+    "four": Variant("stagger(stacks=4, window=128)", BATCH),
+    "four, branches": Variant("stagger(stacks=4, window=128)", BRANCHES),
+}
+FASTEST = ("separate, window 128", "separate, window 128, branches")
 WIDTHS = {960: Sizes(960, 15, 5, 2560), 2048: Sizes(2048, 16, 8, 5632)}
 GAIN = {960: 1.45, 2048: 1.3}  # at a batch of one
 VOCABULARY, LIMIT = 512, 150
@@ -90,14 +98,16 @@ def _rows() -> dict[str, Row]:
         for width, sizes in WIDTHS.items():
             asked = (Asked(FASTEST, "original", 1 / GAIN[width]),) if batch == 1 else ()
             found[f"D={width}, B={batch}"] = Row(f"D={width}, B={batch}", sizes, batch, asked=asked)
-    return {**found, "study": _study()}
+    stacks = {f"stacks, D={width}, B={batch}": (width, batch) for width, batch in ((960, 1), (2048, 1), (960, 4))}
+    fours = {name: Row(name, WIDTHS[width], batch, variants=STACKS) for name, (width, batch) in stacks.items()}
+    return {**found, **fours, "study": _study()}
 
 
 def _study() -> Row:
     """The models of the training study."""
     study, s = training_plan.STUDIES["staggered"], training_plan.Settings()
     trained = {name: training_plan.VARIANTS[name] for name in study.variants}
-    variants = {name: Variant(one.recipe, depth=one.depth) for name, one in trained.items()}
+    variants = {name: Variant(one.recipe, BATCH, one.depth) for name, one in trained.items()}
     return Row("study", Sizes(s.width, s.heads, s.heads, s.inner), 1, study.layers, s.context - 1, 256, variants)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from tables import Report, markdown, origin
 
 Row = dict[str, Any]
+STACKS = "stacks, "  # rows of their own table begin so
 
 
 def decode(report: Report) -> str:
@@ -16,19 +17,25 @@ def decode(report: Report) -> str:
     done = {name: row for name, row in report["rows"].items() if "times" in row}
     rows: dict[str, Row] = {name: done[name] for name in sorted(done, key=_width_and_batch)}
     study = rows.pop("study", None)
-    variants = list(dict.fromkeys(variant for row in rows.values() for variant in row["times"]))
-    lines = [[variant, *(_cell(row, variant) for row in rows.values())] for variant in variants]
+    stacks = {name.removeprefix(STACKS): rows.pop(name) for name in [*rows] if name.startswith(STACKS)}
     asked = [
         [name, one["best"], f"{1 / one['most']:.2f}", f"{1 / one['ratio']:.2f}"]
         for name, row in rows.items()
         for one in row["asked"]
         if one["ratio"]
     ]
-    parts = [origin(report), markdown(["microseconds of a step (floor)", *rows], lines)]
-    parts.append(markdown(["row", "variant", "gain asked", "gain found"], asked))
+    parts = [origin(report), _table(rows), markdown(["row", "variant", "gain asked", "gain found"], asked)]
+    if stacks:
+        parts += ["Two and four stacks with layers of their own, window 128:", _table(stacks)]
     if study:
         parts += ["The models of the training study, one sequence:", _of_study(study)]
     return "\n\n".join(parts)
+
+
+def _table(rows: dict[str, Row]) -> str:
+    variants = list(dict.fromkeys(variant for row in rows.values() for variant in row["times"]))
+    lines = [[variant, *(_cell(row, variant) for row in rows.values())] for variant in variants]
+    return markdown(["microseconds of a step (floor)", *rows], lines)
 
 
 def _of_study(row: Row) -> str:

@@ -51,8 +51,9 @@ class Decoder:
         argument, arguments: see `generate`.
         compile: compile the blocks with torch.compile, each once.
         graph: hold a step in a CUDA graph; on CUDA by default.
-        together: run stacks as one batch, if they share their layers, or if these are alike and there are at most four
-            sequences, with `kernels`; else they are branches of the graph.
+        together: run stacks as one batch where that is possible, or as branches of the graph; by default as what was
+            found faster (docs/stagger.md): one batch if they share their layers and there are at most four sequences,
+            or no GPU. Of layers that are only alike it is possible up to four sequences too, with `kernels`.
         recurrent: see `generate`.
         kernels: attention to caches, and linear maps of few rows in what is compiled, by kernels of this package where
             they apply.
@@ -84,7 +85,7 @@ class Decoder:
         arguments: Mapping[str, Any] | None = None,
         compile: bool = False,
         graph: bool | None = None,
-        together: bool = True,
+        together: bool | None = None,
         recurrent: bool = False,
         kernels: bool = True,
     ) -> None:
@@ -114,7 +115,7 @@ class Decoder:
         self._tensors = self.program.signature.flatten(*unbind(self.program.signature.parameters, arguments))
         last = last_stack(self.program) if recurrent else None
         few = kernels and len(prompt) <= FEW and not torch.is_autocast_enabled(prompt.device.type)
-        self._new_steps = self._steps_of_sections(together and not recurrent, apart=few)
+        self._new_steps = self._steps_of_sections(False if recurrent else together, few)
         compiler = (few_rows.compiled if few else torch.compile) if compile else lambda function: function
         self._memory = Memory(
             torch.full((1, 1), self.place - 1, device=prompt.device),
@@ -169,17 +170,18 @@ class Decoder:
         held = [t for caches in self._memory.static.values() for cache in caches for t in cache or ()]
         return sum(t.numel() * t.element_size() for t in held)
 
-    def _steps_of_sections(self, together: bool, apart: bool) -> Callable[..., Fixed]:
+    def _steps_of_sections(self, together: bool | None, few: bool) -> Callable[..., Fixed]:
         """What evaluates a step: section by section, where there are some."""
         found = _side_by_side(self.program)
         if found is None:
             self.sections, self.together = tuple[int, ...](), False
             return Fixed
         self.sections = tuple(section.depth for section in found[1])
-        self.together = together and runs_together(self.program, found[1], apart)
+        wanted = together if together is not None else few or not self._tokens.is_cuda
+        self.together = wanted and runs_together(self.program, found[1], apart=few and together is True)
         if not self.together:
             return partial(FixedSections, *found)
-        return partial(FixedTogether, crossings_at_once(self.program, found[1]) if apart else 1, *found)
+        return partial(FixedTogether, crossings_at_once(self.program, found[1]) if few else 1, *found)
 
     def _read(self, prompt: Tensor, slots: Slots, others: Mapping[str, Any]) -> tuple[Tensor, Past]:
         """The logits behind a prompt, and the past of all its tokens but the last, which a step is tried with.

@@ -54,7 +54,7 @@ def assert_steps(decoder: depthc.Decoder, tokens: Tensor, expected: Tensor) -> N
 @torch.no_grad()
 def test_steps(recipe: str, compile: bool, graph: bool, prompt: int) -> None:
     module, tokens = staggered(recipe)
-    decoder = depthc.Decoder(module, tokens[:, :prompt], 24, compile=compile, graph=graph)
+    decoder = depthc.Decoder(module, tokens[:, :prompt], 24, compile=compile, graph=graph, together=True)
     assert (decoder._graph is not None) == graph
     assert decoder.sections == SECTIONS[recipe]
     assert decoder.together == ("stagger" in recipe)

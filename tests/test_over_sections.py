@@ -82,9 +82,17 @@ def test_weights_of_an_op_with_several_results_keep_stacks_apart() -> None:
     layers = [Normed() for _ in range(4)]
     model = nn.Sequential(nn.Embedding(17, models.WIDTH), *layers, nn.Linear(models.WIDTH, 17))
     module = depthc.compile(model, "stagger()", args=(ids,)).eval()
-    decoder = depthc.Decoder(module, ids[:, :5], 9)
+    decoder = depthc.Decoder(module, ids[:, :5], 9, together=True)
     assert not decoder.together
     torch.testing.assert_close(decoder.step(ids[:, 5:6]), module(ids[:, :6])[:, -1])
+
+
+def test_what_is_computed_element_by_element_is_not_taken_apart() -> None:
+    given = [[torch.zeros(shape, dtype=torch.float64)] * 3 for shape in ((WIDTH, WIDTH), (WIDTH,), (WIDTH,), ())]
+    for name, parts in {"a weight computed on": 0, "heads": 0, "a norm": 1}.items():
+        graph = graph_of(FUNCTIONS[name], given)
+        assert isinstance(graph, fx.GraphModule)
+        assert sum(node.target is torch.ops.aten.chunk.default for node in graph.graph.nodes) == parts, name
 
 
 def test_maps_of_all_sections_are_one() -> None:

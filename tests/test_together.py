@@ -59,7 +59,7 @@ def steps_of(kind: str, rows: str, module: DepthModule, **options: Any) -> tuple
 
 def assert_as_the_whole(kind: str, rows: str, **options: Any) -> None:
     module, inputs = compiled(kind, rows, **options), begun(kind, rows)
-    found, decoder = steps_of(kind, rows, module)
+    found, decoder = steps_of(kind, rows, module, together=True)
     assert decoder.together
     real = ROWS[rows][ROWS[rows][:, :PROMPT].any(1), PROMPT - 1 :]
     assert (found - full(module, inputs)[:, PROMPT - 1 :])[real].abs().max() < FORWARD
@@ -95,7 +95,7 @@ def test_as_the_whole_with_padding(kind: str) -> None:
 def test_layers_of_their_own_with_padding(kind: str) -> None:
     """Norms and biases of each stack too. Experts are many maps, of which each token has its own: such are branches."""
     if kind == "moe":
-        assert not steps_of(kind, "padded", compiled(kind, "padded", **APART))[1].together
+        assert not steps_of(kind, "padded", compiled(kind, "padded", **APART), together=True)[1].together
     else:
         assert_as_the_whole(kind, "padded", **APART)
 
@@ -154,7 +154,7 @@ def test_layers_of_their_own_are_one_sequence_of_launches(name: str, stacks: int
     """Seven maps a depth, each with the matrices of all stacks; two of the cross-attentions between them, and two for
     what all of these are shown. Each matrix is read once."""
     module, batch = compiled("llama", **OPTIONS[name]), len(ROWS["full"])
-    reads, launched = reads_of(module)
+    reads, launched = reads_of(module, together=True)
     depths, others = 8 // stacks, stacks - 1
     crossing = [others] * 2 if others > 1 else []  # of one alone, its maps are as everywhere
     assert launched == [*[stacks] * 4, *crossing, *[stacks] * 3] * depths + [depths * others] * 2
@@ -162,7 +162,7 @@ def test_layers_of_their_own_are_one_sequence_of_launches(name: str, stacks: int
 
 
 def test_stacks_with_layers_of_their_own_as_branches() -> None:
-    """If one wants them so; of many sequences, whose products are the library's; and where autocast chooses dtypes."""
+    """By default; of many sequences, whose products are the library's; and where autocast chooses dtypes."""
     module, prompt = compiled("llama"), captured("llama", "full")[2]["input_ids"][:1, :PROMPT]
 
     def together(rows: int = 1, cast: bool = False, **options: bool) -> bool:
@@ -171,8 +171,9 @@ def test_stacks_with_layers_of_their_own_as_branches() -> None:
         assert decoder.sections == (4, 4)
         return decoder.together
 
-    assert together(FEW)
-    assert not any((together(FEW + 1), together(cast=True), together(together=False), together(kernels=False)))
+    assert together(FEW, together=True)
+    others = ({"rows": FEW + 1}, {"cast": True}, {"kernels": False})
+    assert not any((together(), together(together=False), *(together(**one, together=True) for one in others)))
 
 
 def test_pieces_of_other_layers() -> None:

@@ -214,7 +214,7 @@ def test_a_decoder(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "_PROGRAMS", 1)  # fewer programs are interpreted sooner
     tiles = op.tiles_of
     monkeypatch.setattr(op, "tiles_of", lambda *sizes: launched.append(sizes[0]) or tiles(*sizes))
-    decoder = depthc.Decoder(made, tokens[:, :4], 6, compile=True, graph=False)
+    decoder = depthc.Decoder(made, tokens[:, :4], 6, compile=True, graph=False, together=True)
     for at in range(4, 6):
         launched.clear()
         attended.clear()
