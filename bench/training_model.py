@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import sympy
@@ -150,16 +151,17 @@ class Cost:
 
     def __init__(self, program: Program, settings: Settings) -> None:
         one = 3 * flops(program).subs({"b": 1, "s": settings.context})
-        count = len(one.free_symbols)
-        sizes = [sympy.Symbol(f"chosen_{r}") for r in range(count)]
-        assert one.free_symbols == set(sizes), f"sizes that only the data decide: {one.free_symbols}"
+        sizes = sorted(one.free_symbols, key=str)
+        found = [re.fullmatch(r"chosen_(\d+)", str(size)) for size in sizes]
+        assert all(found), f"sizes that only the data decide: {sizes}"
+        self._recursions = [int(one[1]) for one in found if one]  # to whose sets only some tokens belong
         self._of_row = sympy.lambdify(sizes, one, "math")
-        self.fixed, self.rows = count == 0, settings.batch
-        self.most = self.rows * float(self._of_row(*[settings.context] * count))
+        self.fixed, self.rows = not sizes, settings.batch
+        self.most = self.rows * float(self._of_row(*[settings.context] * len(sizes)))
 
     def spent(self, aux: Aux) -> Tensor:
         """The operations of one step, where steps differ."""
-        sizes = [route.chosen.sum(1).double() for route in aux.routes]  # [recursion][row]
+        sizes = [aux.routes[r].chosen.sum(1).double() for r in self._recursions]  # [recursion][row]
         return self._of_row(*sizes).sum()  # type: ignore[no-any-return]
 
 
