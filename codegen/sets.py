@@ -157,8 +157,8 @@ def count(sets: Iterable[TokenSet]) -> None:
     ragged = [one for one in ragged if one.mask.numel() and "width" not in one.found]
     if not ragged:
         return
-    rows = torch.stack([one.mask.sum(1) for one in ragged])
-    for one, (width, members) in zip(ragged, torch.stack([rows.amax(1), rows.sum(1)], 1).tolist(), strict=True):
+    found = torch.stack([torch.stack([one.mask.sum(1).amax(), one.mask.sum()]) for one in ragged])
+    for one, (width, members) in zip(ragged, found.tolist(), strict=True):
         one.found.update(width=width, members=members)
 
 
