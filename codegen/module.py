@@ -22,7 +22,7 @@ from depthc.codegen.kernels.shared_attention.attend import attend
 from depthc.codegen.loops import LoopBody
 from depthc.codegen.routing import KERNELS, KernelEvaluator, combines_of, scores_of
 from depthc.codegen.rows import RowsLowering
-from depthc.codegen.settled import tables_of
+from depthc.codegen.tables import tables_of
 from depthc.ir import selection, sizes
 from depthc.ir.body import Body
 from depthc.ir.errors import InputError, StateDictError

@@ -113,6 +113,7 @@ class _OverSections:
             return False
         given = [n.meta["val"] for n in apart]
         once = all(own.dim() < value.dim() or own.shape[0] == 1 for own in given)
+        once = once and all(own.dim() > 0 or own.dtype == value.dtype for own in given)  # numbers promote no rows
         return once and not target._schema.is_mutable and any(self._dim(n) == 0 for n in node.all_input_nodes)
 
     def _of_rows(self, weight: fx.Node, node: fx.Node) -> fx.Node:

@@ -19,7 +19,7 @@ from depthc.codegen.kernels.combine.match import OFF, Options, options_of
 from depthc.codegen.kernels.common import FLOATS
 from depthc.codegen.kernels.score import match as scoring
 from depthc.codegen.sets import Ahead, Bounded, Tokens
-from depthc.codegen.settled import settled
+from depthc.codegen.tables import computed_once
 from depthc.ir.evaluate import Evaluator, indexed
 from depthc.ir.program import Call, Loop, Merge, Program, Segment, Select
 from depthc.ir.selection import all_tokens, read_rule, refuse_nan, share_of
@@ -131,7 +131,7 @@ class KernelEvaluator(Evaluator):
             self.made.update({name: values[name] for name in op.writes})
         elif torch.compiler.is_dynamo_compiling():  # torch.export takes what is written
             tables = [name for name in op.writes if name in self.tables and values[name].is_floating_point()]
-            values.update({name: settled(values[name]) for name in tables})
+            values.update({name: computed_once(values[name]) for name in tables})
 
     def _score(self, op: Segment, values: dict[str, Any], indices: Mapping[str, int]) -> bool:
         """Run a linear router by the kernel, where it applies; whether it did."""

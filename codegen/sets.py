@@ -130,7 +130,9 @@ class Ahead:
         self._sets: dict[tuple[Any, ...], deque[TokenSet | None]] = {}
 
     def choose(self, evaluator: Evaluator, loop: Loop, values: Mapping[str, Any], indices: Mapping[str, int]) -> None:
-        """Choose them for all iterations, and count them."""
+        """Choose them for all iterations, and count them; not those that the loop may end before."""
+        if loop.until and not evaluator.training:
+            return
         known, found = dict(values), dict[tuple[Any, ...], deque[TokenSet | None]]()
         for index in range(sizes.evaluate(loop.count, indices)):
             inner = {**indices, loop.index: index}
@@ -153,12 +155,12 @@ class Ahead:
 
 def count(sets: Iterable[TokenSet]) -> None:
     """Find how many members sets have, where only the data say it: with one wait for all."""
-    ragged = [one for one in dict.fromkeys(sets) if isinstance(one, Tokens) and one.ragged and not one.bounded]
-    ragged = [one for one in ragged if one.mask.numel() and "width" not in one.found]
-    if not ragged:
+    unknown = [one for one in dict.fromkeys(sets) if isinstance(one, Tokens) and not one.bounded]
+    unknown = [one for one in unknown if one.count is one.most is None and one.mask.numel() and "width" not in one.found]
+    if not unknown:
         return
-    found = torch.stack([torch.stack([one.mask.sum(1).amax(), one.mask.sum()]) for one in ragged])
-    for one, (width, members) in zip(ragged, found.tolist(), strict=True):
+    found = torch.stack([torch.stack([one.mask.sum(1).amax(), one.mask.sum()]) for one in unknown])
+    for one, (width, members) in zip(unknown, found.tolist(), strict=True):
         one.found.update(width=width, members=members)
 
 

@@ -127,7 +127,7 @@ class _Depths:
 
     def _recursion(self) -> list[Op]:
         """The tokens that go at least as deep as this; to recursion 0 all do, whatever the data."""
-        deeper = ["-inf", *map(str, range(self.count - 1))]
+        deeper = ["-inf", *map(str, range(self.count - 1))] if self.count > 1 else ["-1"]  # NaN is refused
         return [
             Select(self.chosen, f"threshold([{', '.join(deeper)}][{self.index}])", self.depth, self.active),
             self.recursion.on(self.chosen, self.y),

@@ -51,9 +51,10 @@ class Decoder:
         argument, arguments: see `generate`.
         compile: compile the blocks with torch.compile, each once.
         graph: hold a step in a CUDA graph; on CUDA by default.
-        together: run stacks as one batch where that is possible, or as branches of the graph; by default as what was
-            found faster (docs/stagger.md): one batch if they share their layers and there are at most four sequences,
-            or no GPU. Of layers that are only alike it is possible up to four sequences too, with `kernels`.
+        together: run stacks as one batch where that is possible, or as branches of the graph. By default one batch if
+            they share their layers, and on a GPU if linear maps run by the kernel for a few rows: of up to four
+            sequences, without autocast, with `kernels` (docs/stagger.md). Of layers that are only alike, one batch is
+            possible with that kernel alone.
         recurrent: see `generate`.
         kernels: attention to caches, and linear maps of few rows in what is compiled, by kernels of this package where
             they apply.

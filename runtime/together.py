@@ -85,7 +85,7 @@ def _takes_weights(program: Program, piece: Piece, calls: Sequence[Call], apart:
     if all(len(own) == 1 for own in names):
         return True
     types = [{program.params[name].type for name in own} for own in names]
-    sizes = [n for each in types for type in each for n in type.shape if isinstance(n, int)]
+    sizes = [n * type.dtype.itemsize for each in types for type in each for n in type.shape if isinstance(n, int)]
     alike = all(len(each) == 1 for each in types) and max(sizes, default=0) <= WIDEST
     return apart and alike and has_sections(piece, [len(own) > 1 for own in names])
 

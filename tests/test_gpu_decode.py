@@ -61,6 +61,14 @@ def test_steps(recipe: str, compile: bool, graph: bool, prompt: int) -> None:
     assert_steps(decoder, tokens, module(input_ids=tokens).logits)
 
 
+@torch.no_grad()
+def test_what_is_one_batch_by_itself() -> None:
+    shared, tokens = staggered(SHARED)
+    assert depthc.Decoder(shared, tokens[:, :5], 24).together
+    assert not depthc.Decoder(shared, tokens[:, :5].repeat(2, 1), 24).together  # six sequences
+    assert not depthc.Decoder(staggered("stagger(stacks=3)")[0], tokens[:, :5], 24).together
+
+
 @pytest.mark.parametrize("recipe", [SHARED, "stagger(stacks=3)"])
 @pytest.mark.parametrize("compile", [False, True])
 @torch.no_grad()

@@ -97,15 +97,18 @@ def choosing(dtype: torch.dtype = torch.bfloat16) -> DepthModule:
     return depthc.compile(model, "mor_token", kwargs={"input_ids": tokens(0)}, sharing="cycle", std=2.0, balance=0.0)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
 @torch.no_grad()
-def test_the_host_waits_once_for_all_depths() -> None:
-    module, ids = choosing().eval(), tokens(0)
+def test_the_host_waits_once_for_all_depths(batch: int) -> None:
+    module, ids = choosing().eval(), tokens(0)[:batch]
     module(input_ids=ids)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        module(input_ids=ids)
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            module(input_ids=ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert sum("called a synchronizing" in str(warning.message) for warning in said) == 1
 
 

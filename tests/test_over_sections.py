@@ -87,6 +87,20 @@ def test_weights_of_an_op_with_several_results_keep_stacks_apart() -> None:
     torch.testing.assert_close(decoder.step(ids[:, 5:6]), module(ids[:, :6])[:, -1])
 
 
+@pytest.mark.parametrize(
+    "function", [lambda x, g: x * g, lambda x, g: torch.where(x > g, x, g), lambda x, g: x + g.exp()]
+)
+@pytest.mark.parametrize(("rows", "number"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_numbers_do_not_promote_rows(function: Function, rows: torch.dtype, number: torch.dtype) -> None:
+    """A number of every section, of a wider type than rows: as section by section, the same type."""
+    x, given = torch.randn(6, 1, WIDTH).to(rows), [torch.randn((), dtype=number) for _ in range(3)]
+    traced_rows = Example(torch.zeros(7, 1, WIDTH, dtype=rows), (0,))
+    made = traced(function, [traced_rows, Example(given[0])])
+    graph = over_sections(made, [0, 3], next(iter(made.nodes)).meta["val"].shape[0])
+    expected = torch.cat([function(part, g) for part, g in zip(x.chunk(3), given, strict=True)])
+    torch.testing.assert_close(fx.GraphModule(nn.Module(), graph)(x, *given), expected)
+
+
 def test_what_is_computed_element_by_element_is_not_taken_apart() -> None:
     given = [[torch.zeros(shape, dtype=torch.float64)] * 3 for shape in ((WIDTH, WIDTH), (WIDTH,), (WIDTH,), ())]
     for name, parts in {"a weight computed on": 0, "heads": 0, "a norm": 1}.items():

@@ -189,7 +189,7 @@ def test_token_choice_by_the_kernel(kernel: list[int]) -> None:
     with Wide():
         run(case.compiled.program, (), case.inputs)
     chosen = [int(route.chosen.sum()) for route in case.found()[1].routes]
-    assert kernel == [rows for rows in chosen if rows for _ in range(2)]
+    assert kernel == [rows for rows in chosen[1:] if rows for _ in range(2)]  # the first recursion has no set to pack
     assert 0 == chosen[2] < chosen[1] < chosen[0] == case.real.numel()
 
 

@@ -389,7 +389,7 @@ RULES = {
     "topk(0.5, warmup=100)": ("the best 1/2 of the tokens by s, falling from all over 100 steps", "1/2"),
     "threshold(-0.5)": ("the tokens with s above -0.5", "> -0.5"),
     "threshold([-inf, 0.0][r])": ("all tokens in pass 1, then the tokens with s above 0", "> -inf"),
-    "atleast(r)": ("the tokens whose s is at least r, the number of the pass from 0 on,", "≥ r"),
+    "atleast(r)": ("the tokens with s at least r", "≥ r"),
     "atleast(2)": ("the tokens with s at least 2", "≥ 2"),
     "stride(4)": ("one token in 4", "1/4"),
     "all": ("all tokens", "all"),

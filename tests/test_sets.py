@@ -8,15 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import depthc
 from depthc.codegen.module import DepthModule, lower
 from depthc.codegen.sets import Tokens, count
-from depthc.ir.program import Loop, Merge, On, Op, Program, Select
+from depthc.ir.body import Body, Input
+from depthc.ir.errors import RoutingError
+from depthc.ir.program import Loop, Merge, On, Op, Program, Segment, Select
+from depthc.ir.types import Type
 
-from .models import Spec, Stacked, seeded
+from .models import WIDTH, Spec, Stacked, seeded
 from .test_evaluate import IDS, layers_of, rewritten, score_of
+
+aten = torch.ops.aten
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +79,33 @@ def test_scores_of_layers_are_waited_for(program: Program) -> None:
     assert ops_of(module).count("nonzero") == 3
 
 
+def made(name: str, *ops: Any) -> Segment:
+    """A value of the stream by some ops in a row."""
+    graph = fx.Graph()
+    value = graph.placeholder("h")
+    value.meta["input"] = Input("h", "value", Type(torch.float64, ("b", "s", WIDTH)))
+    for op in ops:
+        value = graph.call_function(*((op[0], (value, *op[1:])) if isinstance(op, tuple) else (op, (value,))))
+    graph.output((value,))
+    return Segment(name, Body(graph), ("h",), (name,))
+
+
+@torch.no_grad()
+def test_passes_that_an_end_leaves_out_choose_nothing(program: Program) -> None:
+    """In the second one a score would be refused, since it is no number."""
+    first, second = layers_of(program)
+    layer = replace(second, params=first.params)
+    nan = made("nan", (aten.sum.dim_IntList, [-1]), aten.exp.default, aten.neg.default, aten.sqrt.default)
+    stop, chosen = made("stop", (aten.lt.Scalar, float("inf"))), Select("A", "threshold([-inf, 0, 0][r])", "nan")
+    routed = rewritten(program, nan, Loop("r", 3, (chosen, layer, stop), "stop"))
+    torch.testing.assert_close(lower(routed).eval()(IDS), routed.run(IDS), rtol=0, atol=1e-12)
+    with pytest.raises(RoutingError, match="not a number"):
+        rewritten(program, nan, Loop("r", 3, (chosen, layer))).run(IDS)
+
+
 def test_counts_are_found_together() -> None:
     masks = torch.rand(3, 4, 9) > torch.tensor([0.2, 0.5, 2.0])[:, None, None]
+    masks = [*masks, torch.rand(1, 7) > 0.5]
     sets = [Tokens(mask) for mask in masks]
     with Ops() as seen:
         count([*sets, sets[0]])

@@ -230,8 +230,9 @@ def test_only_tokens_that_are_as_deep_reach_the_products() -> None:
         assert seen[name] == [everywhere, *(rows for rows in chosen if rows for _ in range(2)), everywhere], name
 
 
-def test_shares_that_are_not_numbers() -> None:
-    module = depthc.compile(stack_program(8), "mor_token")
+@pytest.mark.parametrize("loops", [1, 2])
+def test_shares_that_are_not_numbers(loops: int) -> None:
+    module = depthc.compile(stack_program(8), f"tie(loops={loops}) | tokenchoice()")
     with torch.no_grad():
         module.parameter_of("depth.r.router.weight").fill_(float("nan"))
     with pytest.raises(RoutingError, match="not a number"):

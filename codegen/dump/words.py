@@ -143,8 +143,6 @@ def _rule(rule: str, score: str | None, scope: Scope, whole: str = "of all") -> 
     values = _by_pass(rule, scope)
     if name == "all" or all(value == EVERYONE.get(name) for value in values):
         return "all tokens"
-    if name == "atleast" and scope.loops and values == [scope.loops[-1].index]:
-        return f"the tokens whose {score} is at least {values[0]}, the number of the pass from 0 on,"
     if len(set(values)) == 1:
         return _phrase(name, values[:1], score, "of the tokens")
     if values[0] == EVERYONE.get(name):

@@ -18,10 +18,10 @@ from depthc.ir.errors import InputError
 FEW = 4  # rows of a map, whose sums a program has in registers
 MOST = 3  # maps at once: query, key and value
 SECTIONS = 8  # at once
-WIDEST = 16384  # features of a row, whose loop is unrolled
+WIDEST = 32768  # bytes of a row, whose loop is unrolled
 _PROGRAMS = 264  # two for each of 132 multiprocessors
-_BLOCK, _LONGEST = 1024, 2048  # features that a program reads at a time, and of a row that it reads at once
-_WARPS = 2  # so few for so many features that all loads of a program are on their way at once
+_BLOCK = 1024  # features that a program reads at a time
+_WHOLE = 2048  # features of a row that it reads at once
 
 
 def few_rows_linear(
@@ -90,8 +90,8 @@ def applies(rows: Tensor, matrices: Sequence[Tensor], biases: Sequence[Tensor] =
         return f"there are {count} rows, more than {FEW}" if count else "there are no rows"
     if not 0 < maps <= MOST or sections > SECTIONS:
         return f"there are {maps} maps of {sections} sections, and one launch takes {MOST} of {SECTIONS}"
-    if rows.shape[-1] > WIDEST:
-        return f"rows have {rows.shape[-1]} features, more than {WIDEST}"
+    if (size := rows.shape[-1] * rows.element_size()) > WIDEST:
+        return f"a row has {size} bytes, more than {WIDEST}"
     if any(w.stride(1) != 1 for w in matrices) or any(b.stride(0) != 1 for b in biases):
         return "features of a matrix do not lie side by side"
     if any(w.shape[0] >= 2**31 or not w.numel() for w in matrices):
@@ -125,14 +125,17 @@ def _check(
 def tiles_of(rows: int, features: int, columns: int) -> dict[str, int]:
     """How many columns a program makes, if there are programs enough, and how many features it reads at a time.
 
+    A few warps with much to read each have all loads on their way at once. Registers limit it: they hold the sums of
+    all rows, and what was read.
+
     Example:
         >>> tiles_of(1, 960, 960), tiles_of(3, 2560, 5120)
-        ({'ROWS': 1, 'OUT': 2, 'BLOCK': 1024}, {'ROWS': 4, 'OUT': 2, 'BLOCK': 1024})
+        ({'ROWS': 1, 'OUT': 2, 'BLOCK': 1024, 'num_warps': 2}, {'ROWS': 4, 'OUT': 2, 'BLOCK': 1024, 'num_warps': 4})
     """
     few, wide = 1 << (rows - 1).bit_length(), 1 << (features - 1).bit_length()
-    most = _LONGEST if few < FEW else _BLOCK  # sums of all rows are in registers
-    block = max(32, wide if wide <= most else _BLOCK)
-    return {"ROWS": few, "OUT": 2 if columns >= 2 * _PROGRAMS else 1, "BLOCK": block}
+    block = max(32, wide if wide <= (_WHOLE if few < FEW else _BLOCK) else _BLOCK)
+    warps = 2 if few < FEW and features <= 6 * _BLOCK else 4
+    return {"ROWS": few, "OUT": 2 if columns >= 2 * _PROGRAMS else 1, "BLOCK": block, "num_warps": warps}
 
 
 @torch.library.custom_op("depthc::few_rows", mutates_args=())
@@ -160,7 +163,7 @@ def few_rows_op(
             added if added is None else parts(added.contiguous()),
             tuple(part for y in made for part in parts(y)),
             columns, strides, flat.stride(0), total // sections,
-            MAPS=len(matrices), K=features, **tiles, num_warps=_WARPS,
+            MAPS=len(matrices), K=features, **tiles,
         )  # fmt: skip
     return made
 

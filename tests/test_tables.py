@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import depthc
 
-SETTLED = torch.ops.depthc.settled.default
+ONCE = torch.ops.depthc.computed_once.default
 
 
 def test_rotary_tables_of_a_whole_graph() -> None:
@@ -31,11 +31,11 @@ def test_rotary_tables_of_a_whole_graph() -> None:
     wanted = torch.autograd.grad(expected.square().mean(), params)
     torch.testing.assert_close(torch.autograd.grad(found.square().mean(), params), wanted)
     (graph,) = graphs
-    settled = [node for node in graph.graph.nodes if node.target in (SETTLED, SETTLED.overloadpacket)]
-    assert len(settled) == 2  # the cosine and the sine
+    once = [node for node in graph.graph.nodes if node.target in (ONCE, ONCE.overloadpacket)]
+    assert len(once) == 2  # the cosine and the sine
 
 
 def test_gradients_of_learned_tables() -> None:
     table = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(torch.ops.depthc.settled, table)
-    torch.library.opcheck(SETTLED, (table,))
+    assert torch.autograd.gradcheck(torch.ops.depthc.computed_once, table)
+    torch.library.opcheck(ONCE, (table,))

@@ -39,20 +39,20 @@ def _tables(block: Block) -> Iterator[int]:
             yield number
 
 
-@torch.library.custom_op("depthc::settled", mutates_args=())
-def settled(table: Tensor) -> Tensor:
+@torch.library.custom_op("depthc::computed_once", mutates_args=())
+def computed_once(table: Tensor) -> Tensor:
     """A copy, which a compiler takes as it is.
 
     Example:
-        >>> settled(torch.ones(2))
+        >>> computed_once(torch.ones(2))
         tensor([1., 1.])
     """
     return table.clone(memory_format=torch.contiguous_format)
 
 
-@settled.register_fake
+@computed_once.register_fake
 def _(table: Tensor) -> Tensor:
     return torch.empty(table.shape, dtype=table.dtype, device=table.device)
 
 
-settled.register_autograd(lambda _, grad: grad)
+computed_once.register_autograd(lambda _, grad: grad)
