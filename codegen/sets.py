@@ -155,13 +155,18 @@ class Ahead:
 
 def count(sets: Iterable[TokenSet]) -> None:
     """Find how many members sets have, where only the data say it: with one wait for all."""
-    unknown = [one for one in dict.fromkeys(sets) if isinstance(one, Tokens) and not one.bounded]
-    unknown = [one for one in unknown if one.count is one.most is None and one.mask.numel() and "width" not in one.found]
+    unknown = list(filter(_is_uncounted, dict.fromkeys(sets)))
     if not unknown:
         return
     found = torch.stack([torch.stack([one.mask.sum(1).amax(), one.mask.sum()]) for one in unknown])
     for one, (width, members) in zip(unknown, found.tolist(), strict=True):
         one.found.update(width=width, members=members)
+
+
+def _is_uncounted(one: TokenSet) -> bool:
+    """Whether the host would have to wait for a set's size."""
+    known = one.bounded or one.count is not None or one.most is not None or "width" in one.found
+    return isinstance(one, Tokens) and not known and one.mask.numel() > 0
 
 
 def _key(op: Select, indices: Mapping[str, int]) -> tuple[Any, ...]:
