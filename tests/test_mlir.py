@@ -389,7 +389,7 @@ def looped(stack: Stack) -> Stack:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", pytest.param("t5", marks=pytest.mark.thorough)])
 def test_native_code_of_transformers_and_their_looped_and_tied_forms(name: str) -> None:
     args, kwargs = ZOO[name].example()
     program, other = depthc.capture(ZOO[name].build(), args, kwargs), ZOO[name].elsewhere()

@@ -21,16 +21,16 @@ from depthc.ir.program import calls
 from depthc.runtime.decode import Decoder
 
 from .routed import FORWARD, ROWS, captured
-from .test_stagger import EVERY, SOME, compiled
+from .test_stagger import EVERY, compiled
 from .test_stagger_steps import LENGTH, PROMPT, full, split
 
-OPTIONS: dict[str, dict[str, Any]] = {
+SHARED: dict[str, dict[str, Any]] = {
     "two": {"shared": True},
     "window": {"shared": True, "window": 2, "lag": 2},
     "three": {"shared": True, "stacks": 3, "window": 3},
-    "apart": {},
-    "four apart": {"stacks": 4, "window": 3},
 }
+OWN: dict[str, dict[str, Any]] = {"apart": {}, "four apart": {"stacks": 4, "window": 3}}
+OPTIONS = SHARED | OWN
 APART = {"window": 2, "lag": 2}  # layers of their own
 
 
@@ -70,7 +70,7 @@ def assert_as_the_whole(kind: str, rows: str, **options: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*SHARED, *(pytest.param(name, marks=pytest.mark.thorough) for name in OWN)])
 def test_as_the_whole(name: str) -> None:
     assert_as_the_whole("llama", "full", **OPTIONS[name])
 
@@ -91,7 +91,7 @@ def test_as_the_whole_with_padding(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in EVERY[1:])])
 def test_layers_of_their_own_with_padding(kind: str) -> None:
     """Norms and biases of each stack too. Experts are many maps, of which each token has its own: such are branches."""
     if kind == "moe":
