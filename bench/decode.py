@@ -98,9 +98,10 @@ def _rows() -> dict[str, Row]:
         for width, sizes in WIDTHS.items():
             asked = (Asked(FASTEST, "original", 1 / GAIN[width]),) if batch == 1 else ()
             found[f"D={width}, B={batch}"] = Row(f"D={width}, B={batch}", sizes, batch, asked=asked)
-    stacks = {f"stacks, D={width}, B={batch}": (width, batch) for width, batch in ((960, 1), (2048, 1), (960, 4))}
-    fours = {name: Row(name, WIDTHS[width], batch, variants=STACKS) for name, (width, batch) in stacks.items()}
-    return {**found, **fours, "study": _study()}
+    for width, batch in ((960, 1), (2048, 1), (960, 4)):
+        name = f"stacks, D={width}, B={batch}"
+        found[name] = Row(name, WIDTHS[width], batch, variants=STACKS)
+    return {**found, "study": _study()}
 
 
 def _study() -> Row:

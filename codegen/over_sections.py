@@ -111,10 +111,11 @@ class _OverSections:
         target, value = node.target, node.meta.get("val")
         if torch.Tag.pointwise not in getattr(target, "tags", ()) or self._dim(node) != 0:
             return False
+        if target._schema.is_mutable or not any(self._dim(n) == 0 for n in node.all_input_nodes):
+            return False
         given = [n.meta["val"] for n in apart]
-        once = all(own.dim() < value.dim() or own.shape[0] == 1 for own in given)
-        once = once and all(own.dim() > 0 or own.dtype == value.dtype for own in given)  # numbers promote no rows
-        return once and not target._schema.is_mutable and any(self._dim(n) == 0 for n in node.all_input_nodes)
+        alike = all(own.dim() > 0 or own.dtype == value.dtype for own in given)  # a number promotes no rows
+        return alike and all(own.dim() < value.dim() or own.shape[0] == 1 for own in given)
 
     def _of_rows(self, weight: fx.Node, node: fx.Node) -> fx.Node:
         """The weights of all sections, for every row of a result its own."""

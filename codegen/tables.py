@@ -23,9 +23,10 @@ def tables_of(program: Program) -> set[str]:
         >>> tables_of(depthc.compile(model, "mor").program)  # doctest: +SKIP
         {'cos', 'sin'}
     """
-    if not any(isinstance(op, On) for op, _ in walk(program.stacks)):
+    ops = [op for op, _ in walk(program.stacks)]
+    if not any(isinstance(op, On) for op in ops):
         return set()
-    calls = [op for op, _ in walk(program.stacks) if isinstance(op, Call)]
+    calls = [op for op in ops if isinstance(op, Call)]
     return {op.reads[number] for op in calls for number in _tables(program.blocks[op.block])}
 
 

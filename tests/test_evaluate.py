@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,13 +34,20 @@ def program(model: nn.Module) -> Program:
     return depthc.capture(model, (IDS,))
 
 
+def made(name: str, *ops: tuple[Any, ...]) -> Segment:
+    """A value `name` of the stream, by some ops in a row: each with its arguments behind the first."""
+    graph = fx.Graph()
+    value = graph.placeholder("h")
+    value.meta["input"] = Input("h", "value", Type(torch.float64, ("b", "s", WIDTH)))
+    for op, *rest in ops:
+        value = graph.call_function(op, (value, *rest))
+    graph.output((value,))
+    return Segment(name, Body(graph), ("h",), (name,))
+
+
 def score_of(name: str) -> Segment:
     """The sum of a token's features, as a value `name`."""
-    graph = fx.Graph()
-    h = graph.placeholder("h")
-    h.meta["input"] = Input("h", "value", Type(torch.float64, ("b", "s", WIDTH)))
-    graph.output((graph.call_function(aten.sum.dim_IntList, (h, [-1])),))
-    return Segment(name, Body(graph), ("h",), (name,))
+    return made(name, (aten.sum.dim_IntList, [-1]))
 
 
 def rewritten(program: Program, *ops: Op) -> Program:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import depthc
 from depthc.codegen.module import DepthModule, lower
 from depthc.codegen.sets import Tokens, count
-from depthc.ir.body import Body, Input
 from depthc.ir.errors import RoutingError
-from depthc.ir.program import Loop, Merge, On, Op, Program, Segment, Select
-from depthc.ir.types import Type
+from depthc.ir.program import Loop, Merge, On, Op, Program, Select
 
-from .models import WIDTH, Spec, Stacked, seeded
-from .test_evaluate import IDS, layers_of, rewritten, score_of
+from .models import Spec, Stacked, seeded
+from .test_decode import Ops
+from .test_evaluate import IDS, layers_of, made, rewritten, score_of
 
 aten = torch.ops.aten
 
@@ -39,22 +34,10 @@ def looped(program: Program, *body: Op) -> Program:
     return rewritten(program, *begin, Loop("r", 3, (*body, *run)))
 
 
-class Ops(TorchDispatchMode):
-    """The names of ops in the order in which they run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def ops_of(module: DepthModule) -> list[str]:
     with Ops() as seen:
         module(IDS)
-    return seen.names
+    return [name for name, _ in seen.seen]
 
 
 @torch.no_grad()
@@ -79,23 +62,12 @@ def test_scores_of_layers_are_waited_for(program: Program) -> None:
     assert ops_of(module).count("nonzero") == 3
 
 
-def made(name: str, *ops: Any) -> Segment:
-    """A value of the stream by some ops in a row."""
-    graph = fx.Graph()
-    value = graph.placeholder("h")
-    value.meta["input"] = Input("h", "value", Type(torch.float64, ("b", "s", WIDTH)))
-    for op in ops:
-        value = graph.call_function(*((op[0], (value, *op[1:])) if isinstance(op, tuple) else (op, (value,))))
-    graph.output((value,))
-    return Segment(name, Body(graph), ("h",), (name,))
-
-
 @torch.no_grad()
 def test_passes_that_an_end_leaves_out_choose_nothing(program: Program) -> None:
     """In the second one a score would be refused, since it is no number."""
     first, second = layers_of(program)
     layer = replace(second, params=first.params)
-    nan = made("nan", (aten.sum.dim_IntList, [-1]), aten.exp.default, aten.neg.default, aten.sqrt.default)
+    nan = made("nan", (aten.sum.dim_IntList, [-1]), (aten.exp.default,), (aten.neg.default,), (aten.sqrt.default,))
     stop, chosen = made("stop", (aten.lt.Scalar, float("inf"))), Select("A", "threshold([-inf, 0, 0][r])", "nan")
     routed = rewritten(program, nan, Loop("r", 3, (chosen, layer, stop), "stop"))
     torch.testing.assert_close(lower(routed).eval()(IDS), routed.run(IDS), rtol=0, atol=1e-12)
@@ -110,7 +82,7 @@ def test_counts_are_found_together() -> None:
     with Ops() as seen:
         count([*sets, sets[0]])
         places = [one.places for one in sets]
-    assert "nonzero" not in seen.names
+    assert "nonzero" not in {name for name, _ in seen.seen}
     for one, mask, own in zip(sets, masks, places, strict=True):
         assert one.width == mask.sum(1).max()
         assert torch.equal(own, mask.flatten().nonzero()[:, 0])

@@ -32,6 +32,7 @@ SHARED: dict[str, dict[str, Any]] = {
 OWN: dict[str, dict[str, Any]] = {"apart": {}, "four apart": {"stacks": 4, "window": 3}}
 OPTIONS = SHARED | OWN
 APART = {"window": 2, "lag": 2}  # layers of their own
+KINDS = ["llama", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in EVERY[1:])]
 
 
 def begun(kind: str, rows: str) -> dict[str, Tensor]:
@@ -84,14 +85,14 @@ def test_cross_attentions_in_several_batches(name: str, most: int, monkeypatch: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in EVERY[1:])])
+@pytest.mark.parametrize("kind", KINDS)
 def test_as_the_whole_with_padding(kind: str) -> None:
     """Masks with a row a batch row; a cross-attention in front of the layer, and behind one to an encoder."""
     assert_as_the_whole(kind, "padded", **OPTIONS["window"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in EVERY[1:])])
+@pytest.mark.parametrize("kind", KINDS)
 def test_layers_of_their_own_with_padding(kind: str) -> None:
     """Norms and biases of each stack too. Experts are many maps, of which each token has its own: such are branches."""
     if kind == "moe":
